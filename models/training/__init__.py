@@ -1,0 +1,1 @@
+"""Training data, the procedural phantom, training and evaluation."""

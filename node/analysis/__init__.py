@@ -1,0 +1,1 @@
+"""From a series on disk to findings: HU volume, networks, measurements."""

@@ -1,0 +1,1 @@
+"""Sending objects to peers."""

@@ -1,0 +1,1 @@
+"""Receiving: C-STORE listener, durable spool, assembly of series, triage."""

@@ -1,0 +1,1 @@
+"""Findings as DICOM objects: segmentations, structured report, colour capture."""
