@@ -1,0 +1,122 @@
+"""What several test rooms share: the public data beside the checkout, free ports, real peers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of the public data sets, or skip."""
+    folder = Path(os.environ.get("LUNGNODE_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not (folder / "ct-series").is_dir():
+        pytest.skip(f"public data not found at {folder}; set LUNGNODE_DATA to a folder that holds ct-series/")
+    return folder
+
+
+def free_port() -> int:
+    """A TCP port on loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def tool(name: str) -> str:
+    """Path of a peer's program, or skip with the package that brings it."""
+    packages = {
+        "Orthanc": "orthanc and orthanc-dicomweb",
+        "dciodvfy": "dicom3tools",
+        "redis-server": "redis-server",
+        "segimage2itkimage": "dcmqi (pip)",
+    }
+    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:{Path(sys.executable).parent}")
+    if found is None:
+        pytest.skip(f"{name} is not installed; it comes with {packages.get(name, 'dcmtk')}")
+    return found
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Poll until `condition` holds; fail naming `what` after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"waited {seconds} s for {what}")
+
+
+@dataclass(frozen=True)
+class Orthanc:
+    """A running Orthanc with DICOMweb, empty at the start."""
+
+    ae_title: str
+    port: int
+    http: str
+
+    def get(self, path: str, **parameters: str) -> httpx.Response:
+        """GET from the REST API or, below /dicom-web, from DICOMweb."""
+        return httpx.get(f"{self.http}{path}", params=parameters, timeout=60)
+
+
+@pytest.fixture
+def orthanc(tmp_path: Path) -> Iterator[Orthanc]:
+    """A real Orthanc on loopback."""
+    program = tool("Orthanc")
+    plugin = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
+    if not plugin.exists():
+        pytest.skip("orthanc-dicomweb is not installed")
+    port, http = free_port(), free_port()
+    folder = tmp_path / "orthanc"
+    folder.mkdir()
+    settings = {
+        "Name": "TEST",
+        "StorageDirectory": str(folder),
+        "IndexDirectory": str(folder),
+        "Plugins": [str(plugin)],
+        "HttpPort": http,
+        "RemoteAccessAllowed": False,
+        "AuthenticationEnabled": False,
+        "DicomAet": "ORTHANC",
+        "DicomPort": port,
+        "DicomAlwaysAllowStore": True,
+        "DicomAlwaysAllowEcho": True,
+        "UnknownSopClassAccepted": True,
+        "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
+    }
+    (folder / "orthanc.json").write_text(json.dumps(settings))
+    # Without TCP_NODELAY DCMTK, and Orthanc with it, waits 45 ms an object on Nagle's algorithm.
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [program, folder / "orthanc.json"],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "TCP_NODELAY": "1"},
+        )
+    archive = Orthanc("ORTHANC", port, f"http://127.0.0.1:{http}")
+
+    def answers() -> bool:
+        try:
+            return archive.get("/system").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_for(answers, 30, "Orthanc's REST API")
+        yield archive
+    finally:
+        process.terminate()
+        process.wait(20)
