@@ -1,0 +1,331 @@
+"""`config/*.yaml` → typed `Settings`; every error names file, line, key and the mend.
+
+`config/node.yaml` is the commented default. Secrets never stand in the file: a broker or ledger URL that carries a
+password is read from `LUNGNODE_BROKER` or `LUNGNODE_LEDGER`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydicom.datadict import DicomDictionary, tag_for_keyword
+
+#: Where settings are looked for when no file is named: the environment first, then the working folder.
+CONFIG_VARIABLE = "LUNGNODE_CONFIG"
+DEFAULT_FILE = Path("config/node.yaml")
+
+#: PS3.5 6.2, VR AE: 1 to 16 characters, no backslash or control characters; leading/trailing spaces do not count.
+AETitle = Annotated[
+    str,
+    StringConstraints(pattern=r"^[!-\[\]-~](?:[ -\[\]-~]{0,14}[!-\[\]-~])?$"),
+    Field(examples=["LUNGNODE"]),
+]
+Port = Annotated[int, Field(ge=1, le=65535, examples=[11112])]
+Kind = Literal["infection-seg", "lung-seg", "sr", "capture"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Listener(_Section):
+    """Our own application entity, to which modalities and the PACS send."""
+
+    ae_title: AETitle = "LUNGNODE"
+    """our AE title, 1 to 16 characters"""
+    host: str = "0.0.0.0"
+    """address to listen on; 0.0.0.0 is every interface"""
+    port: Port = 11112
+    """TCP port to listen on"""
+    accept: Literal["known", "any"] = "known"
+    """'known' takes associations only from peers that may send; 'any' takes every calling AE title"""
+    max_associations: int = Field(32, ge=1, le=512, examples=[32])
+    """associations at once; more are rejected with 'local limit exceeded'"""
+    quiet_period_s: float = Field(30.0, gt=0, le=3600, examples=[30])
+    """seconds without an instance after which a series whose end cannot be proved is closed"""
+    disk_floor_mb: int = Field(1024, ge=0, examples=[1024])
+    """free disk in MB below which C-STORE answers 0xA700 'out of resources'"""
+
+
+class Peer(_Section):
+    """Another application entity: a PACS, a modality, a workstation."""
+
+    ae_title: AETitle
+    """the peer's AE title"""
+    host: str = Field(examples=["127.0.0.1"])
+    """the peer's host name or address"""
+    port: Port
+    """the peer's DICOM port"""
+    may: tuple[Literal["send", "receive"], ...] = ("send", "receive")
+    """what the peer may do: 'send' series to us, 'receive' results from us"""
+
+
+class Route(_Section):
+    """Which series are analysed, and who gets which of the resulting objects."""
+
+    name: str = Field(min_length=1, examples=["chest-ct"])
+    """name of the route, shown in status and logs"""
+    from_: tuple[str, ...] | Literal["any"] = Field("any", alias="from", examples=[["pacs"]])
+    """peers (by name) whose series this route takes; 'any' for all"""
+    when: dict[str, str | tuple[str, ...]] = Field(default_factory=dict, examples=[{"StationName": "CT1*"}])
+    """DICOM keywords and the values they must have; '*' and '?' match as in file names, a list is 'one of'"""
+    analysis: Literal["pneumonia"] = "pneumonia"
+    """the analysis to run"""
+    to: dict[str, tuple[Kind, ...]] = Field(examples=[{"pacs": ["infection-seg", "lung-seg", "sr", "capture"]}])
+    """peers (by name) and the objects that each gets: infection-seg, lung-seg, sr, capture"""
+    tell_not_analysed: bool = True
+    """send a 'not analysed, because …' report and capture when a chest CT cannot be analysed"""
+
+
+class Worker(_Section):
+    """The processes that analyse."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where networks run; 'auto' takes the GPU when there is one"""
+
+
+class Settings(_Section):
+    """Everything that an installation may set."""
+
+    data: Path = Path("var")
+    """folder for received series, results, the ledger and the embedded broker; relative to the working folder"""
+    listener: Listener = Listener()
+    """our own application entity"""
+    peers: dict[str, Peer] = Field(default_factory=dict)
+    """the other application entities, by a name of your choice"""
+    routes: tuple[Route, ...] = ()
+    """tried in order; the first that matches takes the series"""
+    broker: str = Field("embedded", pattern=r"^(embedded|rediss?://.+)$", examples=["embedded"])
+    """'embedded' starts a private redis-server on loopback; a redis:// URL uses yours"""
+    ledger: str = Field("sqlite", pattern=r"^(sqlite|postgresql(\+\w+)?://.+)$", examples=["sqlite"])
+    """'sqlite' keeps the ledger in the data folder; a postgresql:// URL uses yours"""
+    worker: Worker = Worker()
+    """the processes that analyse"""
+
+    def peers_that_may(self, what: Literal["send", "receive"]) -> dict[str, Peer]:
+        """Peers by name that may `send` to us or `receive` from us."""
+        return {name: peer for name, peer in self.peers.items() if what in peer.may}
+
+    def peer_names(self, ae_title: str) -> set[str]:
+        """Names of all peers with this AE title."""
+        return {name for name, peer in self.peers.items() if peer.ae_title == ae_title.strip()}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a settings file."""
+
+    file: Path
+    line: int
+    key: str
+    what: str
+    mend: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.key}: {self.what}. {self.mend}"
+
+
+class ConfigError(ValueError):
+    """A settings file cannot be used; `problems` has each reason."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(map(str, problems)))
+
+
+def load(file: Path | None = None) -> Settings:
+    """Read settings from `file`, else from `LUNGNODE_CONFIG`, else `config/node.yaml`, else take the defaults.
+
+    Raises
+    ------
+    ConfigError
+        When the file is missing, is not YAML, or holds a key or value that cannot be.
+    """
+    named = file or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
+    if named is None and not DEFAULT_FILE.exists():
+        return _with_secrets(Settings())
+    path = named or DEFAULT_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            [Problem(path, 0, "file", error.strerror or "cannot be read", "Name a file that exists.")]
+        ) from None
+    return _with_secrets(parse(text, path))
+
+
+def parse(text: str, file: Path = Path("settings.yaml")) -> Settings:
+    """Check the YAML `text` that came from `file`; raises `ConfigError`."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or "not YAML"
+        line = mark.line + 1 if mark else 1
+        mend = "Check the indentation, and quote values that hold ':' or '#'."
+        raise ConfigError([Problem(file, line, "yaml", what, mend)]) from None
+    lines = dict(_lines(node, ()))
+    try:
+        settings = Settings.model_validate({} if values is None else values)
+    except ValidationError as error:
+        raise ConfigError([_problem(file, lines, dict(e)) for e in error.errors()]) from None
+    problems = [
+        Problem(file, _line(lines, location), _dotted(location), what, mend)
+        for location, what, mend in _cross_checks(settings)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the settings, for editors."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Settings.model_json_schema(by_alias=True),
+    }
+
+
+_Location = tuple[int | str, ...]
+
+
+def _with_secrets(settings: Settings) -> Settings:
+    urls = {"broker": os.environ.get("LUNGNODE_BROKER"), "ledger": os.environ.get("LUNGNODE_LEDGER")}
+    given = {key: url for key, url in urls.items() if url}
+    return settings.model_copy(update=given) if given else settings
+
+
+def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
+    """What no single value shows: names that must exist elsewhere, secrets in the file."""
+    for key in ("broker", "ledger"):
+        if urlsplit(getattr(settings, key)).password:
+            variable = f"LUNGNODE_{key.upper()}"
+            yield (
+                (key,),
+                "holds a password",
+                f"Take the URL out of the file and set it in the environment as {variable}.",
+            )
+    seen: set[str] = set()
+    for n, route in enumerate(settings.routes):
+        if route.name in seen:
+            yield (
+                ("routes", n, "name"),
+                f"'{route.name}' names two routes",
+                "Give each route a name of its own.",
+            )
+        seen.add(route.name)
+        for m, name in enumerate(() if route.from_ == "any" else route.from_):
+            yield from _peer_check(settings, ("routes", n, "from", m), name, "send")
+        for name in route.to:
+            yield from _peer_check(settings, ("routes", n, "to", name), name, "receive")
+        for keyword in route.when:
+            if tag_for_keyword(keyword) is None:
+                near = _nearest(keyword, (entry[4] for entry in DicomDictionary.values()))
+                yield (
+                    ("routes", n, "when", keyword),
+                    "is not a DICOM keyword",
+                    near or "Use a keyword of PS3.6, such as StationName.",
+                )
+
+
+def _peer_check(
+    settings: Settings, location: _Location, name: str, what: Literal["send", "receive"]
+) -> Iterator[tuple[_Location, str, str]]:
+    if name not in settings.peers:
+        near = _nearest(name, settings.peers)
+        yield location, f"no peer is named '{name}'", near or f"Add '{name}' under peers."
+    elif what not in settings.peers[name].may:
+        yield location, f"peer '{name}' may not {what}", f"Add '{what}' to peers.{name}.may."
+
+
+def _nearest(word: str, words: Any) -> str:
+    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"Did you mean '{near[0]}'?" if near else ""
+
+
+def _lines(node: yaml.Node | None, at: _Location) -> Iterator[tuple[_Location, int]]:
+    if node is None:
+        return
+    yield at, node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            for location, line in _lines(value, (*at, key.value)):
+                # A key's own line is where its name stands, also when its value begins below.
+                yield location, (key.start_mark.line + 1 if location == (*at, key.value) else line)
+    elif isinstance(node, yaml.SequenceNode):
+        for n, value in enumerate(node.value):
+            yield from _lines(value, (*at, n))
+
+
+def _line(lines: Mapping[_Location, int], location: _Location) -> int:
+    """Line of the location, or of the nearest part of it that is in the file."""
+    while location and location not in lines:
+        location = location[:-1]
+    return lines.get(location, 1)
+
+
+def _dotted(location: _Location) -> str:
+    return ".".join(map(str, location)) or "file"
+
+
+def _problem(file: Path, lines: Mapping[_Location, int], error: dict[str, Any]) -> Problem:
+    raw: _Location = tuple(error["loc"])
+    location = tuple(part for n, part in enumerate(raw) if n == 0 or _in_file(lines, raw, n))
+    field = _field(location)
+    kind, key = error["type"], _dotted(location)
+    if kind == "extra_forbidden":
+        names = _section_keys(location[:-1])
+        near = _nearest(str(location[-1]), names)
+        return Problem(file, _line(lines, location), key, "unknown key", near or f"Known here: {', '.join(names)}.")
+    meaning = f"Expected {field['description']}" if field.get("description") else "See config/node.yaml"
+    example = f", for instance {field['examples'][0]!r}." if field.get("examples") else "."
+    if kind == "missing":
+        return Problem(file, _line(lines, location), key, "is missing", f"Add it. {meaning}{example}")
+    what = str(error["msg"])
+    return Problem(file, _line(lines, location), key, what[:1].lower() + what[1:], meaning + example)
+
+
+def _in_file(lines: Mapping[_Location, int], raw: _Location, n: int) -> bool:
+    """Pydantic adds names of union members to a location; only the last part may be absent from the file."""
+    return raw[: n + 1] in lines or (n == len(raw) - 1 and not str(raw[n]).startswith(("tuple[", "literal[", "str")))
+
+
+def _section(location: _Location) -> dict[str, Any]:
+    """JSON schema of the section at `location`."""
+    whole = Settings.model_json_schema(by_alias=True)
+    here: Any = whole
+    for part in location:
+        if isinstance(part, int):
+            here = here.get("items", {})
+        else:
+            here = here.get("properties", {}).get(part, here.get("additionalProperties", {}))
+        if not isinstance(here, dict):  # additionalProperties: false
+            return {}
+        if "$ref" in here:
+            here = {
+                **whole["$defs"][here["$ref"].rsplit("/", 1)[1]],
+                **{k: v for k, v in here.items() if k != "$ref"},
+            }
+    return dict(here)
+
+
+def _section_keys(location: _Location) -> list[str]:
+    return sorted(_section(location).get("properties", {}))
+
+
+def _field(location: _Location) -> dict[str, Any]:
+    """Schema of the value at `location`, or of the nearest enclosing one that is described."""
+    for end in range(len(location), 0, -1):
+        found = _section(location[:end])
+        if found.get("description"):
+            return found
+    return {}

@@ -1,0 +1,131 @@
+"""Settings: the default file works, and every error names file, line, key and the mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from node.config import AETitle, ConfigError, Problem, Settings, load, parse, schema
+
+PEER = "peers:\n  pacs: {ae_title: PACS, host: localhost, port: 104}\n"
+
+
+def problem(text: str) -> Problem:
+    with pytest.raises(ConfigError) as caught:
+        parse(text, Path("node.yaml"))
+    assert len(caught.value.problems) == 1
+    return caught.value.problems[0]
+
+
+def test_default_file_works_and_states_the_defaults() -> None:
+    settings = load(REPOSITORY / "config" / "node.yaml")
+    bare = Settings()
+    assert settings.listener == bare.listener
+    assert settings.worker == bare.worker
+    assert (settings.data, settings.broker, settings.ledger) == (bare.data, bare.broker, bare.ledger)
+    assert settings.routes[0].to == {"pacs": ("infection-seg", "lung-seg", "sr", "capture")}
+
+
+def test_empty_file_is_the_defaults() -> None:
+    assert parse("") == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "what", "mend"),
+    [
+        ("listener:\n  prot: 104\n", 2, "listener.prot", "unknown key", "Did you mean 'port'?"),
+        ("listner:\n  port: 104\n", 1, "listner", "unknown key", "Did you mean 'listener'?"),
+        (
+            "listener:\n  ae_title: A\n  port: high\n",
+            3,
+            "listener.port",
+            "valid integer",
+            "for instance 11112",
+        ),
+        ("listener:\n  port: 70000\n", 2, "listener.port", "65535", "TCP port"),
+        (
+            "listener:\n  ae_title: SEVENTEENLETTERSX\n",
+            2,
+            "listener.ae_title",
+            "pattern",
+            "1 to 16 characters",
+        ),
+        (
+            "peers:\n  pacs:\n    ae_title: PACS\n    port: 104\n",
+            2,
+            "peers.pacs.host",
+            "is missing",
+            "host name",
+        ),
+        (
+            PEER + "routes:\n- name: a\n  to:\n    pax: [sr]\n",
+            6,
+            "routes.0.to.pax",
+            "no peer",
+            "Did you mean 'pacs'?",
+        ),
+        (
+            PEER + "routes:\n- name: a\n  to:\n    pacs: [pdf]\n",
+            6,
+            "routes.0.to.pacs.0",
+            "'sr'",
+            "infection-seg",
+        ),
+        (
+            PEER + "routes:\n- name: a\n  when: {StationNam: X}\n  to: {pacs: [sr]}\n",
+            5,
+            "routes.0.when.StationNam",
+            "not a DICOM keyword",
+            "Did you mean 'StationName'?",
+        ),
+        ("broker: redis://:secret@host/0\n", 1, "broker", "holds a password", "LUNGNODE_BROKER"),
+        ("listener: [\n", 2, "yaml", "", "indentation"),
+    ],
+)
+def test_error_names_line_key_and_mend(text: str, line: int, key: str, what: str, mend: str) -> None:
+    found = problem(text)
+    assert (found.line, found.key) == (line, key)
+    assert what in found.what
+    assert mend in found.mend
+    assert str(found).startswith(f"node.yaml:{line}: {key}: ")
+
+
+def test_secrets_stay_out_of_messages() -> None:
+    assert "secret" not in str(problem("broker: redis://:secret@host/0\n"))
+
+
+def test_peer_that_may_not_receive_is_no_destination() -> None:
+    text = "peers:\n  ct: {ae_title: CT, host: h, port: 104, may: [send]}\nroutes:\n- {name: a, to: {ct: [sr]}}\n"
+    assert problem(text).what == "peer 'ct' may not receive"
+
+
+def test_environment_brings_urls_with_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUNGNODE_BROKER", "redis://:secret@host/0")
+    assert load(REPOSITORY / "config" / "node.yaml").broker == "redis://:secret@host/0"
+
+
+def test_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml:0: file: No such file"):
+        load(Path("nowhere.yaml"))
+
+
+def test_schema_describes_every_key() -> None:
+    definitions = schema()
+    for part in (definitions, *definitions["$defs"].values()):
+        assert all("description" in value for value in part["properties"].values()), part["title"]
+
+
+@given(st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=20))
+def test_ae_titles_are_those_of_the_standard(title: str) -> None:
+    standard = len(title) <= 16 and "\\" not in title and title == title.strip() != ""
+    try:
+        TypeAdapter(AETitle).validate_python(title)
+    except ValidationError:
+        assert not standard
+    else:
+        assert standard
