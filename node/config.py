@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from pydicom.datadict import DicomDictionary, tag_for_keyword
+from pydicom._dicom_dict import DicomDictionary
+from pydicom.datadict import tag_for_keyword
 
 #: Where settings are looked for when no file is named: the environment first, then the working folder.
 CONFIG_VARIABLE = "LUNGNODE_CONFIG"

@@ -1,0 +1,427 @@
+"""The one durable record of what is owed: series, analyses, objects, deliveries, and an event line for each step.
+
+Work that is still owed is a row, never a message. A worker takes a row by a lease that it renews while it works; a
+row whose lease ran out is owed again. Times are seconds since the epoch, UTC.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import alembic.command
+import alembic.config
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Engine,
+    ForeignKey,
+    Text,
+    UniqueConstraint,
+    and_,
+    create_engine,
+    event,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
+
+#: Seconds for which a lease holds. A worker that dies is overtaken after at most this long; it is renewed every
+#: quarter of it, so that three missed renewals are forgiven.
+LEASE_S = 60.0
+
+#: An analysis that failed this often is set aside: a series that kills its worker must not be tried for ever.
+MAX_ANALYSIS_ATTEMPTS = 3
+
+#: With the backoff below this is about three days of trying to reach a peer.
+MAX_DELIVERY_ATTEMPTS = 80
+
+#: Backoff doubles from the first to the last of these, in seconds, with up to a fifth of jitter.
+BACKOFF_S = (5.0, 3600.0)
+
+#: Seconds after which the sweep rings again for work that nobody has taken.
+RING_AGAIN_S = 30.0
+
+#: waiting: owed, due at `due_at` · running: under a lease · done · refused: ended for good with a reason that trying
+#: again would not change · failed: attempts used up.
+State = Literal["waiting", "running", "done", "refused", "failed"]
+Work = Literal["analyse", "deliver"]
+
+
+class Base(DeclarativeBase):
+    """Tables of the ledger."""
+
+
+class Series(Base):
+    """One generation of a received series: a closed set of instances."""
+
+    __tablename__ = "series"
+    __table_args__ = (
+        UniqueConstraint("series_instance_uid", "generation"),
+        UniqueConstraint("series_instance_uid", "content"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    series_instance_uid: Mapped[str] = mapped_column(Text, index=True)
+    study_instance_uid: Mapped[str] = mapped_column(Text, index=True)
+    #: 1 for the first closing; late instances make the next.
+    generation: Mapped[int]
+    #: Digest of the SOP instance UIDs: the same set is the same generation.
+    content: Mapped[str] = mapped_column(Text)
+    calling_ae: Mapped[str] = mapped_column(Text)
+    #: Paths of the instances, relative to the spool.
+    instances: Mapped[list[str]] = mapped_column(JSON)
+    complete: Mapped[bool]
+    #: Why the series was closed when it was.
+    closed_because: Mapped[str] = mapped_column(Text)
+    #: What was decided: the route's name and why, or why it is not analysed.
+    verdict: Mapped[str] = mapped_column(Text)
+    closed_at: Mapped[float]
+
+    analyses: Mapped[list[Analysis]] = relationship(back_populates="series", order_by="Analysis.id")
+    events: Mapped[list[Event]] = relationship(back_populates="series", order_by="Event.id")
+
+
+class Owed(Base):
+    """A row that is work: who has it, until when, how often it was tried."""
+
+    __abstract__ = True
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    state: Mapped[str] = mapped_column(Text, index=True, default="waiting")
+    attempts: Mapped[int] = mapped_column(default=0)
+    lease_owner: Mapped[str | None] = mapped_column(Text, default=None)
+    lease_until: Mapped[float] = mapped_column(default=0.0)
+    due_at: Mapped[float] = mapped_column(default=0.0)
+    rung_at: Mapped[float] = mapped_column(default=0.0)
+    #: What the last attempt said, or why the work ended as it did.
+    reason: Mapped[str] = mapped_column(Text, default="")
+    finished_at: Mapped[float | None] = mapped_column(default=None)
+
+
+class Analysis(Owed):
+    """One route's analysis of one generation of a series."""
+
+    __tablename__ = "analyses"
+    __table_args__ = (UniqueConstraint("series_id", "route"),)
+
+    series_id: Mapped[int] = mapped_column(ForeignKey("series.id"), index=True)
+    route: Mapped[str] = mapped_column(Text)
+    #: Kinds of object that each peer gets, as the route said when the series was closed.
+    destinations: Mapped[dict[str, list[str]]] = mapped_column(JSON)
+    #: Set when the series is not to be analysed but told about: the reason that the objects state.
+    not_analysed: Mapped[str | None] = mapped_column(Text, default=None)
+    #: Content date and time of the objects; fixed at the first attempt so that a second makes the same objects.
+    content_at: Mapped[float | None] = mapped_column(default=None)
+    #: `node.analysis.pipeline.summary`.
+    summary: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+
+    series: Mapped[Series] = relationship(back_populates="analyses")
+    objects: Mapped[list[Object]] = relationship(back_populates="analysis", order_by="Object.id")
+
+
+class Object(Base):
+    """A DICOM object that an analysis made."""
+
+    __tablename__ = "objects"
+    __table_args__ = (UniqueConstraint("analysis_id", "sop_instance_uid"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    analysis_id: Mapped[int] = mapped_column(ForeignKey("analyses.id"), index=True)
+    kind: Mapped[str] = mapped_column(Text)
+    sop_class_uid: Mapped[str] = mapped_column(Text)
+    sop_instance_uid: Mapped[str] = mapped_column(Text, index=True)
+    series_instance_uid: Mapped[str] = mapped_column(Text)
+    #: Relative to the folder of results.
+    path: Mapped[str] = mapped_column(Text)
+
+    analysis: Mapped[Analysis] = relationship(back_populates="objects")
+    deliveries: Mapped[list[Delivery]] = relationship(back_populates="object", order_by="Delivery.id")
+
+
+class Delivery(Owed):
+    """One object owed to one peer."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = (UniqueConstraint("object_id", "peer"),)
+
+    object_id: Mapped[int] = mapped_column(ForeignKey("objects.id"), index=True)
+    peer: Mapped[str] = mapped_column(Text)
+
+    object: Mapped[Object] = relationship(back_populates="deliveries")
+
+
+class Event(Base):
+    """One thing that happened to a series, in plain words and without patient data."""
+
+    __tablename__ = "events"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    series_id: Mapped[int] = mapped_column(ForeignKey("series.id"), index=True)
+    at: Mapped[float]
+    stage: Mapped[str] = mapped_column(Text)
+    text: Mapped[str] = mapped_column(Text)
+
+    series: Mapped[Series] = relationship(back_populates="events")
+
+
+_TABLE: dict[Work, type[Owed]] = {"analyse": Analysis, "deliver": Delivery}
+_ATTEMPTS: dict[Work, int] = {"analyse": MAX_ANALYSIS_ATTEMPTS, "deliver": MAX_DELIVERY_ATTEMPTS}
+
+
+class LeaseLost(RuntimeError):  # noqa: N818 - says what happened, as KeyboardInterrupt does
+    """Another worker took the row over; what this one did must not be recorded."""
+
+
+class Ledger:
+    """The ledger at a database URL; `ledger()` opens a transaction.
+
+    Parameters
+    ----------
+    url
+        SQLAlchemy URL. SQLite runs with WAL, foreign keys and `synchronous=FULL`: what was committed survives the
+        loss of power.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.engine = _engine(url)
+        self._sessions = sessionmaker(self.engine, expire_on_commit=False)
+
+    @contextmanager
+    def __call__(self) -> Iterator[Session]:
+        """A session that commits at the end of the block, or rolls back when it raises."""
+        with self._sessions.begin() as session:
+            yield session
+
+    def migrate(self) -> None:
+        """Bring the tables to this version's form; safe to call from several processes at once."""
+        settings = alembic.config.Config()
+        settings.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with _migration_lock(self.engine), self.engine.connect() as connection:
+            settings.attributes["connection"] = connection
+            alembic.command.upgrade(settings, "head")
+            connection.commit()
+
+    def tell(self, session: Session, series_id: int, stage: str, text: str) -> None:
+        """Add an event line to a series; `text` holds no patient data."""
+        session.add(Event(series_id=series_id, at=time.time(), stage=stage, text=text))
+
+    def add_series(
+        self, session: Session, uid: str, study_uid: str, sop_instance_uids: Iterable[str], **rest: Any
+    ) -> Series | None:
+        """Record a closed series as its next generation; None when this very set of instances is known already."""
+        content = content_digest(sop_instance_uids)
+        before = session.scalars(select(Series).where(Series.series_instance_uid == uid)).all()
+        if any(series.content == content for series in before):
+            return None
+        row = Series(
+            series_instance_uid=uid,
+            study_instance_uid=study_uid,
+            generation=1 + max((series.generation for series in before), default=0),
+            content=content,
+            closed_at=time.time(),
+            **rest,
+        )
+        session.add(row)
+        session.flush()
+        return row
+
+    def owed(self, limit: int = 500) -> list[tuple[Work, int]]:
+        """Work that nobody has and for which no bell was rung lately, oldest first; marks it as rung.
+
+        Rows whose workers died at every attempt are set aside as 'failed' on the way.
+        """
+        now, found = time.time(), list[tuple[Work, int]]()
+        with self() as session:
+            for work, table in _TABLE.items():
+                dead = and_(_free(table, now), table.attempts >= _ATTEMPTS[work])
+                for row in session.scalars(select(table).where(dead)):
+                    row.state, row.finished_at = "failed", now
+                    row.reason = f"its worker died or overran its lease {row.attempts} times"
+                    self.tell(session, _series_id(row), work, f"set aside: {row.reason}")
+                session.flush()
+                ready = select(table.id).where(_free(table, now), table.rung_at < now - RING_AGAIN_S)
+                ids = session.scalars(ready.order_by(table.due_at, table.id).limit(limit)).all()
+                found += [(work, row) for row in ids]
+                session.execute(update(table).where(table.id.in_(ids)).values(rung_at=now))
+        return found
+
+    @contextmanager
+    def lease(self, work: Work, row: int) -> Iterator[Lease | None]:
+        """Take a row for the length of the block, renewing the lease; None when it is not to be had.
+
+        An exception out of the block puts the row back with a backoff, or sets it aside as 'failed' once its attempts
+        are used up. A row still running at the end of the block goes back to waiting.
+        """
+        lease = Lease(self, work, row)
+        if not lease.take():
+            yield None
+            return
+        with lease.renewed():
+            try:
+                yield lease
+            except LeaseLost:
+                return
+            except BaseException as error:
+                lease.put_back(_plainly(error))
+                raise
+            lease.put_back("handed back")
+
+    def retry(self, series_id: int) -> int:
+        """Owe again all work of a series that ended as failed or refused; gives the number of rows."""
+        with self() as session:
+            analyses = select(Analysis.id).where(Analysis.series_id == series_id)
+            objects = select(Object.id).where(Object.analysis_id.in_(analyses))
+            count = 0
+            for table, mine in ((Analysis, Analysis.id.in_(analyses)), (Delivery, Delivery.object_id.in_(objects))):
+                waiting_long = and_(table.state == "waiting", table.attempts > 0)
+                again = update(table).where(mine, or_(table.state.in_(("failed", "refused")), waiting_long))
+                fresh = {"state": "waiting", "attempts": 0, "due_at": 0.0, "rung_at": 0.0, "reason": "retried by hand"}
+                count += session.execute(again.values(**fresh)).rowcount  # type: ignore[attr-defined]
+            if count:
+                self.tell(session, series_id, "retry", f"{count} owed again by hand")
+        return count
+
+
+class Lease:
+    """A worker's hold on one row of work."""
+
+    def __init__(self, ledger: Ledger, work: Work, row: int) -> None:
+        self.owner = secrets.token_hex(8)
+        self.row = row
+        self._ledger, self._work, self._table = ledger, work, _TABLE[work]
+        self._mine = and_(self._table.id == row, self._table.lease_owner == self.owner, self._table.state == "running")
+
+    def take(self) -> bool:
+        """Claim the row: false when it is done, not due, or held by another."""
+        now = time.time()
+        may = and_(_free(self._table, now), self._table.attempts < _ATTEMPTS[self._work])
+        claim = update(self._table).where(self._table.id == self.row, may)
+        values = {"state": "running", "lease_owner": self.owner, "lease_until": now + LEASE_S}
+        with self._ledger() as session:
+            taken = session.execute(claim.values(**values, attempts=self._table.attempts + 1))
+            return bool(taken.rowcount)  # type: ignore[attr-defined]
+
+    @contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Renew the lease from a thread for the length of the block."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(LEASE_S / 4):
+                # A ledger that cannot be written now may be writable at the next beat.
+                with suppress(Exception), self._ledger() as session:
+                    renewal = update(self._table).where(self._mine)
+                    session.execute(renewal.values(lease_until=time.time() + LEASE_S))
+
+        thread = threading.Thread(target=beat, name=f"lease-{self._work}-{self.row}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    @contextmanager
+    def finish(self, state: State, reason: str = "") -> Iterator[Session]:
+        """End the work in one transaction with what the block writes; raises `LeaseLost` when the row is not ours."""
+        with self._ledger() as session:
+            end = update(self._table).where(self._mine)
+            values = {"state": state, "reason": reason, "finished_at": time.time(), "lease_owner": None}
+            if not session.execute(end.values(**values, lease_until=0.0)).rowcount:  # type: ignore[attr-defined]
+                raise LeaseLost(f"{self._work} {self.row}: the lease ran out and another worker took over")
+            yield session
+
+    def put_back(self, reason: str) -> None:
+        """Owe the work again after a backoff, or set it aside when its attempts are used up; no-op once finished."""
+        with self._ledger() as session:
+            row = session.scalar(select(self._table).where(self._mine))
+            if row is None:
+                return
+            used_up = row.attempts >= _ATTEMPTS[self._work]
+            row.state = "failed" if used_up else "waiting"
+            row.reason, row.lease_owner, row.lease_until = reason, None, 0.0
+            row.due_at, row.rung_at = time.time() + backoff_s(row.attempts), 0.0
+            what = "set aside after" if used_up else "will be tried again after"
+            self._ledger.tell(session, _series_id(row), self._work, f"{what} attempt {row.attempts}: {reason}")
+
+
+def content_digest(sop_instance_uids: Iterable[str]) -> str:
+    """Digest of a set of instances, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(set(sop_instance_uids))).encode()).hexdigest()
+
+
+def backoff_s(attempts: int, jitter: Callable[[], float] = random.random) -> float:
+    """Seconds to wait before the next attempt, after `attempts` of them."""
+    first, last = BACKOFF_S
+    return float(min(first * 2.0 ** min(attempts - 1, 30), last) * (1 + jitter() / 5))
+
+
+def _free(table: type[Owed], now: float) -> ColumnElement[bool]:
+    """Whether a row is owed and nobody holds it."""
+    return or_(
+        and_(table.state == "waiting", table.due_at <= now),
+        and_(table.state == "running", table.lease_until <= now),
+    )
+
+
+def _series_id(row: Owed) -> int:
+    if isinstance(row, Delivery):
+        row = row.object.analysis
+    assert isinstance(row, Analysis)
+    return row.series_id
+
+
+def _plainly(error: BaseException) -> str:
+    """An exception in one line, without its values: they may hold patient data."""
+    return f"{type(error).__name__} at {_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    trace, place = error.__traceback__, "unknown"
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        place = f"{Path(code.co_filename).name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
+
+
+def _engine(url: str) -> Engine:
+    engine = create_engine(url)
+    if engine.dialect.name == "sqlite":
+
+        @event.listens_for(engine, "connect")
+        def _pragmas(connection: Any, _record: Any) -> None:
+            # The driver must not open transactions by itself: BEGIN IMMEDIATE below does, so that two writers wait
+            # for one another instead of failing half-way through.
+            connection.isolation_level = None
+            for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL", "busy_timeout=30000"):
+                connection.execute(f"PRAGMA {pragma}")
+
+        @event.listens_for(engine, "begin")
+        def _begin(connection: Any) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+@contextmanager
+def _migration_lock(engine: Engine) -> Iterator[None]:
+    """One migration at a time; PostgreSQL locks by itself, for SQLite a file beside the database is locked."""
+    database = engine.url.database
+    if engine.dialect.name != "sqlite" or not database:
+        yield
+        return
+    with Path(f"{database}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

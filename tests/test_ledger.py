@@ -1,0 +1,317 @@
+"""The ledger: leases, attempts, sweep, generations, migrations, and that nothing owed is ever lost or held twice."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from hypothesis import settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
+from sqlalchemy import text
+
+from node import ledger as ledger_module
+from node.ledger import (
+    BACKOFF_S,
+    LEASE_S,
+    MAX_ANALYSIS_ATTEMPTS,
+    RING_AGAIN_S,
+    Analysis,
+    Base,
+    Delivery,
+    Event,
+    Lease,
+    LeaseLost,
+    Ledger,
+    Object,
+    Series,
+    backoff_s,
+)
+
+
+class Clock:
+    """Stands in for the wall clock of the ledger."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(ledger_module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    made = Ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
+    made.migrate()
+    yield made
+    made.engine.dispose()
+
+
+def add_series(ledger: Ledger, *sops: str, uid: str = "1.2") -> int | None:
+    with ledger() as session:
+        row = ledger.add_series(
+            session,
+            uid,
+            "1.1",
+            sops or ("1.2.1", "1.2.2"),
+            calling_ae="CT",
+            instances=list(sops),
+            complete=True,
+            closed_because="test",
+            verdict="test",
+        )
+        return row.id if row else None
+
+
+def add_analysis(ledger: Ledger) -> int:
+    series = add_series(ledger)
+    assert series is not None
+    with ledger() as session:
+        row = Analysis(series_id=series, route="chest-ct", destinations={"pacs": ["sr"]})
+        session.add(row)
+        session.flush()
+        return row.id
+
+
+def state(ledger: Ledger, row: int) -> Analysis:
+    with ledger() as session:
+        return session.get_one(Analysis, row)
+
+
+def test_migrations_make_the_tables_of_the_models(ledger: Ledger) -> None:
+    with ledger.engine.connect() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), Base.metadata)
+    assert differences == []
+
+
+def test_migrating_twice_and_from_many_threads_changes_nothing(tmp_path: Path) -> None:
+    ledgers = [Ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}") for _ in range(4)]
+    failed: list[BaseException] = []
+
+    def migrate(one: Ledger) -> None:
+        try:
+            one.migrate()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=migrate, args=(one,)) for one in ledgers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one in ledgers:
+        one.engine.dispose()
+    assert failed == []
+
+
+def test_sqlite_is_set_to_survive_power_loss(ledger: Ledger) -> None:
+    with ledger() as session:
+        values = [session.scalar(text(f"PRAGMA {name}")) for name in ("journal_mode", "foreign_keys", "synchronous")]
+    assert values == ["wal", 1, 2]
+
+
+def test_same_instances_are_the_same_generation_and_more_are_the_next(ledger: Ledger) -> None:
+    first = add_series(ledger, "1.2.1", "1.2.2")
+    assert add_series(ledger, "1.2.2", "1.2.1") is None
+    second = add_series(ledger, "1.2.1", "1.2.2", "1.2.3")
+    with ledger() as session:
+        generations = [session.get_one(Series, row).generation for row in (first, second)]
+    assert generations == [1, 2]
+
+
+def test_one_holder_at_a_time_and_done_is_done(ledger: Ledger) -> None:
+    row = add_analysis(ledger)
+    with ledger.lease("analyse", row) as mine:
+        assert mine is not None
+        with ledger.lease("analyse", row) as other:
+            assert other is None
+        with mine.finish("done", "found nothing"):
+            pass
+    with ledger.lease("analyse", row) as again:
+        assert again is None
+    assert (state(ledger, row).state, state(ledger, row).reason) == ("done", "found nothing")
+
+
+def test_error_owes_again_with_backoff_and_without_its_values(ledger: Ledger, clock: Clock) -> None:
+    row = add_analysis(ledger)
+    with pytest.raises(ValueError, match="Doe"), ledger.lease("analyse", row):
+        raise ValueError("Doe^Jane")
+    after = state(ledger, row)
+    assert (after.state, after.attempts) == ("waiting", 1)
+    assert after.reason.startswith("ValueError at test_ledger.py:")
+    assert BACKOFF_S[0] <= after.due_at - clock.now <= BACKOFF_S[0] * 1.2
+    with ledger.lease("analyse", row) as early:
+        assert early is None
+    clock.now = after.due_at
+    with ledger.lease("analyse", row) as later:
+        assert later is not None
+
+
+def test_attempts_are_capped_and_retry_brings_it_back(ledger: Ledger, clock: Clock) -> None:
+    row = add_analysis(ledger)
+    for _ in range(MAX_ANALYSIS_ATTEMPTS):
+        with pytest.raises(OSError, match="disk"), ledger.lease("analyse", row):
+            raise OSError("disk")
+        clock.now += 2 * BACKOFF_S[1]
+    assert state(ledger, row).state == "failed"
+    assert ledger.owed() == []
+    assert ledger.retry(state(ledger, row).series_id) == 1
+    assert ledger.owed() == [("analyse", row)]
+
+
+def test_dead_workers_are_overtaken_and_then_given_up(ledger: Ledger, clock: Clock) -> None:
+    row = add_analysis(ledger)
+    for _ in range(MAX_ANALYSIS_ATTEMPTS):
+        assert Lease(ledger, "analyse", row).take()  # and its worker dies
+        assert ledger.owed() == []
+        clock.now += LEASE_S
+    assert ledger.owed() == []
+    assert state(ledger, row).state == "failed"
+    with ledger() as session:
+        last = session.query(Event).order_by(Event.id.desc()).first()
+    assert last is not None
+    assert "died" in last.text
+
+
+def test_overtaken_worker_records_nothing(ledger: Ledger, clock: Clock) -> None:
+    row = add_analysis(ledger)
+    slow = Lease(ledger, "analyse", row)
+    assert slow.take()
+    clock.now += LEASE_S
+    quick = Lease(ledger, "analyse", row)
+    assert quick.take()
+    with pytest.raises(LeaseLost), slow.finish("done") as session:
+        session.add(
+            Object(
+                analysis_id=row, kind="sr", sop_class_uid="1", sop_instance_uid="1", series_instance_uid="1", path="x"
+            )
+        )
+    with quick.finish("done"):
+        pass
+    assert state(ledger, row).state == "done"
+
+
+def test_lease_is_renewed_while_work_goes_on(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "LEASE_S", 0.2)
+    row = add_analysis(ledger)
+    renewed = threading.Event()
+    with ledger.lease("analyse", row) as lease:
+        assert lease is not None
+        first = state(ledger, row).lease_until
+        for _ in range(100):
+            if state(ledger, row).lease_until > first:
+                renewed.set()
+                break
+            threading.Event().wait(0.05)
+    assert renewed.is_set()
+
+
+def test_sweep_rings_once_in_a_while(ledger: Ledger, clock: Clock) -> None:
+    row = add_analysis(ledger)
+    assert ledger.owed() == [("analyse", row)]
+    assert ledger.owed() == []
+    clock.now += RING_AGAIN_S + 1
+    assert ledger.owed() == [("analyse", row)]
+
+
+def test_object_is_owed_to_a_peer_once(ledger: Ledger) -> None:
+    row = add_analysis(ledger)
+    with ledger() as session:
+        made = Object(
+            analysis_id=row, kind="sr", sop_class_uid="1", sop_instance_uid="1", series_instance_uid="1", path="x"
+        )
+        made.deliveries = [Delivery(peer="pacs")]
+        session.add(made)
+        session.flush()
+        object_id = made.id
+    with pytest.raises(Exception, match="UNIQUE"), ledger() as session:
+        session.add(Delivery(object_id=object_id, peer="pacs"))
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 5, 10, 80])
+def test_backoff_doubles_up_to_its_bound(attempts: int) -> None:
+    assert backoff_s(attempts, lambda: 0.0) == min(BACKOFF_S[0] * 2 ** (attempts - 1), BACKOFF_S[1])
+    assert backoff_s(attempts, lambda: 1.0) == pytest.approx(1.2 * backoff_s(attempts, lambda: 0.0))
+
+
+class Workers(RuleBasedStateMachine):
+    """Workers that take, finish, fail and die in any order, with a clock that moves."""
+
+    leases = Bundle("leases")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.real_time, ledger_module.time = ledger_module.time, self.clock  # type: ignore[assignment]
+        self.ledger = Ledger("sqlite://")
+        Base.metadata.create_all(self.ledger.engine)
+        self.row = add_analysis(self.ledger)
+        self.holder: Lease | None = None
+        self.held_until = 0.0
+        self.done = 0
+
+    def teardown(self) -> None:
+        ledger_module.time = self.real_time
+        self.ledger.engine.dispose()
+
+    @precondition(lambda self: not self.done)
+    @rule(target=leases)
+    def take(self) -> Lease:
+        lease = Lease(self.ledger, "analyse", self.row)
+        held = self.holder is not None and self.clock.now < self.held_until
+        if lease.take():
+            assert not held
+            self.holder, self.held_until = lease, self.clock.now + LEASE_S
+        return lease
+
+    @rule(lease=leases)
+    def finish(self, lease: Lease) -> None:
+        try:
+            with lease.finish("done"):
+                pass
+        except LeaseLost:
+            assert lease is not self.holder or self.done
+        else:
+            assert lease is self.holder
+            assert not self.done
+            self.done += 1
+
+    @rule(lease=leases)
+    def put_back(self, lease: Lease) -> None:
+        lease.put_back("test")
+        if lease is self.holder:
+            self.holder = None
+
+    @rule(seconds=st.sampled_from([1.0, 20.0, LEASE_S, 5000.0]))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @rule()
+    def sweep(self) -> None:
+        self.ledger.owed()
+
+    @invariant()
+    def never_forgotten(self) -> None:
+        row = state(self.ledger, self.row)
+        assert row.attempts <= MAX_ANALYSIS_ATTEMPTS
+        assert row.state in (
+            "waiting",
+            "running",
+            "failed" if row.attempts == MAX_ANALYSIS_ATTEMPTS else "done",
+            "done",
+        )
+
+
+TestWorkers = Workers.TestCase
+TestWorkers.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
