@@ -35,6 +35,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
 
+from node.telemetry.logs import plainly
+
 #: Seconds for which a lease holds. A worker that dies is overtaken after at most this long; it is renewed every
 #: quarter of it, so that three missed renewals are forgiven.
 LEASE_S = 60.0
@@ -273,7 +275,7 @@ class Ledger:
             except LeaseLost:
                 return
             except BaseException as error:
-                lease.put_back(_plainly(error))
+                lease.put_back(plainly(error))
                 raise
             lease.put_back("handed back")
 
@@ -380,20 +382,6 @@ def _series_id(row: Owed) -> int:
         row = row.object.analysis
     assert isinstance(row, Analysis)
     return row.series_id
-
-
-def _plainly(error: BaseException) -> str:
-    """An exception in one line, without its values: they may hold patient data."""
-    return f"{type(error).__name__} at {_place(error)}"
-
-
-def _place(error: BaseException) -> str:
-    trace, place = error.__traceback__, "unknown"
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        place = f"{Path(code.co_filename).name}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return place
 
 
 def _engine(url: str) -> Engine:

