@@ -73,3 +73,5 @@ class Findings:
     models: tuple[ModelIdentity, ...]
     #: Stage name → seconds.
     timings: dict[str, float]
+    #: What limits these findings, in a sentence each, such as lungs that reach the last slice.
+    notes: tuple[str, ...] = ()

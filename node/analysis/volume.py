@@ -5,15 +5,21 @@ Only geometry and pixels live here; patient and study attributes stay in the fil
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from node.analysis.frames import Frame, decode_frames, read_frames
+from node.analysis.geometry import COSINE_TOLERANCE, VolumeError, regular_grid
 
-class VolumeError(ValueError):
-    """A series cannot be read as one regular volume; the message says why, free of patient data."""
+#: Relative difference that Pixel Spacing may have within a series: half a pixel over a 512 matrix.
+PIXEL_SPACING_TOLERANCE = 1e-3
+
+
+__all__ = ["SourceSlice", "Volume", "VolumeError", "read_volume"]
 
 
 @dataclass(frozen=True)
@@ -57,3 +63,81 @@ class Volume:
     def voxel_ml(self) -> float:
         """Volume of one voxel in ml."""
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000.0
+
+
+def read_volume(paths: Sequence[Path]) -> Volume:
+    """Read a CT series as one regular volume in HU.
+
+    Headers are read and judged before any pixel is decoded; then files are decoded one by one into the array, so
+    memory stays near that of the int16 array and one file.
+
+    Parameters
+    ----------
+    paths
+        All files of one series, in any order: CT images, or enhanced multi-frame CT.
+
+    Returns
+    -------
+    Volume
+        Slices sorted along the normal; rows and columns as stored.
+
+    Raises
+    ------
+    VolumeError
+        The files are not one regular CT volume: a gap, uneven spacing, duplicate positions, gantry tilt, more than
+        one orientation, matrix, pixel spacing, frame of reference or series, a file that is no CT image, or one
+        whose pixels cannot be decoded. Nothing is returned in part.
+    OSError
+        A file cannot be opened.
+    """
+    by_path = {path: read_frames(path) for path in paths}
+    frames = [frame for of_file in by_path.values() for frame in of_file]
+    if not frames:
+        raise VolumeError("no files: a series needs at least one image")
+    first = frames[0]
+    _require_one_series(frames)
+    order, affine = regular_grid(
+        [frame.position for frame in frames], first.orientation, first.pixel_spacing, first.thickness
+    )
+    sorted_frames = [frames[n] for n in order]
+    place = {(frame.path, frame.number): k for k, frame in enumerate(sorted_frames)}
+
+    hu = np.empty((len(frames), *first.matrix), np.int16)
+    for path, of_file in by_path.items():
+        for frame, slice_hu in zip(of_file, decode_frames(path, of_file), strict=True):
+            hu[place[frame.path, frame.number]] = slice_hu
+    return Volume(
+        hu=hu,
+        affine=affine,
+        sources=tuple(
+            SourceSlice(f.path, f.sop_class_uid, f.sop_instance_uid, f.number, f.position) for f in sorted_frames
+        ),
+        study_instance_uid=first.study_instance_uid,
+        series_instance_uid=first.series_instance_uid,
+        frame_of_reference_uid=first.frame_of_reference_uid,
+    )
+
+
+def _require_one_series(frames: Sequence[Frame]) -> None:
+    """Refuse files that differ in what all slices of a volume share."""
+    _require_same("studies", (frame.study_instance_uid for frame in frames))
+    _require_same("series", (frame.series_instance_uid for frame in frames))
+    _require_same("frames of reference", (frame.frame_of_reference_uid for frame in frames))
+    _require_same("matrix sizes", (f"{f.matrix[0]} x {f.matrix[1]}" for f in frames))
+
+    first = frames[0]
+    if not np.allclose([f.orientation for f in frames], first.orientation, rtol=0, atol=COSINE_TOLERANCE):
+        raise VolumeError("slices are not parallel: more than one Image Orientation (Patient)")
+    spacings = np.array([frame.pixel_spacing for frame in frames])
+    if not np.allclose(spacings, first.pixel_spacing, rtol=PIXEL_SPACING_TOLERANCE, atol=0):
+        low, high = spacings.min(axis=0), spacings.max(axis=0)
+        raise VolumeError(
+            f"more than one pixel spacing: {low[0]:.4f} to {high[0]:.4f} mm between rows, "
+            f"{low[1]:.4f} to {high[1]:.4f} mm between columns"
+        )
+
+
+def _require_same(what: str, values: Iterable[str]) -> None:
+    different = sorted(set(values))
+    if len(different) > 1:
+        raise VolumeError(f"{len(different)} {what} in one series: {', '.join(different[:3])}")
