@@ -1,0 +1,57 @@
+# make demo   a node on this machine, a CT sent through it, and the picture that comes back
+# make test   all tests, with real peers (Orthanc, DCMTK, dicom3tools, Redis), installed where this may be done
+# Both make a virtual environment in .venv first. PYTHON=python3.12 chooses another interpreter, DIR=folder the demo's CT.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+DIR ?=
+PYTEST ?=
+
+.PHONY: demo test lint types format bench peers clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/runtime
+	@$(BIN)/lungnode demo $(DIR)
+
+test: $(VENV)/develop peers
+	@$(BIN)/pytest $(PYTEST)
+
+lint: $(VENV)/develop
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(VENV)/develop
+	@$(BIN)/mypy
+
+format: $(VENV)/develop
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/develop peers
+	@$(BIN)/python benchmarks/journey.py
+
+peers:
+	@sh tests/peers.sh
+
+clean:
+	rm -rf $(VENV) demo-out var build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "lungnode needs Python 3.11 or newer; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || sh tests/peers.sh python3-venv
+	@$(PYTHON) -m venv $(VENV)
+
+# torch goes first and by its exact version: left to the resolver, another package draws in the newest build.
+$(VENV)/runtime: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing lungnode into $(VENV) (about 2 GB; a minute when pip has the packages in its cache) ..."
+	@$(PIP) install -c constraints.txt torch==2.13.0
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/develop: $(VENV)/runtime
+	@echo "installing what the tests need ..."
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
