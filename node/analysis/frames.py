@@ -85,6 +85,7 @@ class Frame:
     number: int | None
     study_instance_uid: str
     series_instance_uid: str
+    #: Empty where the instance lacks it.
     frame_of_reference_uid: str
     #: Rows, columns.
     matrix: tuple[int, int]
@@ -224,7 +225,7 @@ def _frame(path: Path, dataset: Dataset, number: int | None, *groups: Dataset) -
         number=number,
         study_instance_uid=str(_require(dataset, "StudyInstanceUID")),
         series_instance_uid=str(_require(dataset, "SeriesInstanceUID")),
-        frame_of_reference_uid=str(_require(dataset, "FrameOfReferenceUID")),
+        frame_of_reference_uid=str(dataset.get("FrameOfReferenceUID") or ""),
         matrix=(int(_require(dataset, "Rows")), int(_require(dataset, "Columns"))),
         position=(x, y, z),
         orientation=_numbers(macro("PlaneOrientationSequence"), "ImageOrientationPatient", 6),
@@ -255,7 +256,9 @@ def _stored_values(path: Path, dataset: Dataset, syntax: UID) -> Iterator[NDArra
     if syntax in _TWELVE_BIT_JPEG:
         yield from _stored_values_by_gdcm(path, dataset)
         return
-    for stored, _ in get_decoder(syntax).iter_array(dataset, raw=True):
+    # By index: without, pydicom 3.0 corrects the sign of JPEG-LS pixels in a read-only array, and fails.
+    frames = range(int(dataset.get("NumberOfFrames") or 1))
+    for stored, _ in get_decoder(syntax).iter_array(dataset, indices=frames, raw=True):
         yield stored
 
 

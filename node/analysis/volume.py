@@ -99,6 +99,8 @@ def read_volume(paths: Sequence[Path]) -> Volume:
     order, affine = regular_grid(
         [frame.position for frame in frames], first.orientation, first.pixel_spacing, first.thickness
     )
+    if not first.frame_of_reference_uid:
+        raise VolumeError("no Frame of Reference UID: result objects could not be placed in the patient")
     sorted_frames = [frames[n] for n in order]
     place = {(frame.path, frame.number): k for k, frame in enumerate(sorted_frames)}
 
