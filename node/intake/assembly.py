@@ -1,0 +1,304 @@
+"""When is a series complete? Instances and ends of associations go in, closed series come out.
+
+DICOM does not say how many instances a series has, so the end is proved from what there is: slices that tile space, an
+association that was released, a numbering without holes. Where proof is lacking, a quiet period decides and the reason
+is kept. A gap, an abort or a refused instance never reads as complete.
+
+No thread lives here: `Assembly.tick` is called by whoever drives it, and only there are series closed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import structlog
+
+from node.intake.header import InstanceHeader
+from node.intake.spool import Stored
+from node.intake.tiling import numbers_missing, tile
+from node.telemetry.logs import plainly
+
+__all__ = ["Assembly", "AssociationId", "ClosedSeries", "Ending", "InstanceHeader"]
+
+log = structlog.stdlib.get_logger(__name__)
+
+#: Seconds after the end of an association in which the next one may continue the series: some senders open one for
+#: each instance, others one for each hundred.
+GRACE_S = 2.0
+
+#: How an association ended: by A-RELEASE, because nothing came for too long between two instances, or otherwise.
+Ending = Literal["released", "idle", "aborted"]
+
+#: Seconds until a series is offered again when `on_closed` failed.
+RETRY_S = 5.0
+
+
+@dataclass(frozen=True)
+class AssociationId:
+    """One association: a number of our own, and the AE titles of its ends."""
+
+    number: int
+    calling_ae: str
+    called_ae: str
+
+
+@dataclass(frozen=True)
+class ClosedSeries:
+    """A series that is believed to be all there, or to get no further."""
+
+    series_instance_uid: str
+    study_instance_uid: str
+    calling_ae: str
+    called_ae: str
+    #: In the order of `paths`, by arrival.
+    instances: tuple[InstanceHeader, ...]
+    paths: tuple[Path, ...]
+    #: False where something is known or must be feared to be missing.
+    complete: bool
+    #: Why it was closed, and why it is or is not complete, in words without patient data.
+    reason: str
+
+
+class Assembly:
+    """Puts series together from instances that come in any order, over any associations, more than once.
+
+    A closed series is forgotten. When another instance of it comes, `recall` brings back what the spool holds, and it
+    is closed again as a whole, larger set, this time only after the quiet period: its sender has shown that the end of
+    an association is not the end of the series.
+
+    Parameters
+    ----------
+    on_closed
+        Takes each closed series, from the thread that calls `tick`. When it raises, the series stays open and is
+        offered again.
+    quiet_s
+        Seconds without an instance after which a series is closed without proof.
+    recall
+        (study UID, series UID) → the instances already kept of the series, for series closed before.
+    clock
+        Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        on_closed: Callable[[ClosedSeries], None],
+        quiet_s: float,
+        *,
+        recall: Callable[[str, str], Iterable[tuple[InstanceHeader, Path]]] | None = None,
+        grace_s: float = GRACE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._on_closed = on_closed
+        self._quiet_s = quiet_s
+        self._grace_s = min(grace_s, quiet_s)
+        self._recall = recall or (lambda _study, _series: ())
+        self._clock = clock
+        self._open: dict[_Key, _OpenSeries] = {}
+        #: The series that each association sent last: it may be in the midst of it.
+        self._sending: dict[AssociationId, _Key] = {}
+        self._lock = threading.RLock()
+        self._ticking = threading.Lock()
+
+    def received(self, association: AssociationId, header: InstanceHeader, stored: Stored) -> None:
+        """An instance has been stored. What was there before ('same', 'differs') does not open a closed series."""
+        key = (header.study_instance_uid, header.series_instance_uid)
+        with self._lock:
+            self._sending[association] = key
+            series = self._open.get(key)
+            if series is None:
+                if stored.outcome != "new":
+                    return
+                series = self._begin(key, header)
+            if header.sop_instance_uid not in series.instances:
+                series.instances[header.sop_instance_uid] = (header, stored.path)
+                series.sender = association
+            series.refused.discard(header.sop_instance_uid)
+            series.touch(association, self._clock())
+
+    def refused(self, association: AssociationId, header: InstanceHeader) -> None:
+        """An instance was not stored, through no fault of its own: until it comes again, its series lacks it."""
+        key = (header.study_instance_uid, header.series_instance_uid)
+        with self._lock:
+            self._sending[association] = key
+            series = self._open.get(key) or self._begin(key, header)
+            if header.sop_instance_uid not in series.instances:
+                series.refused.add(header.sop_instance_uid)
+            series.touch(association, self._clock())
+
+    def association_ended(self, association: AssociationId, ending: Ending = "released") -> None:
+        """An association is over. May be told twice."""
+        with self._lock:
+            self._sending.pop(association, None)
+            for series in self._open.values():
+                if association in series.associations:
+                    series.end(association, ending, self._clock())
+
+    def restore(self, association: AssociationId, instances: Iterable[tuple[InstanceHeader, Path]]) -> None:
+        """Open a series found on disk after a restart. It is not complete unless its sender says so by sending more."""
+        now = self._clock()
+        with self._lock:
+            for header, path in instances:
+                key = (header.study_instance_uid, header.series_instance_uid)
+                series = self._open.get(key) or _OpenSeries(key, now)
+                self._open[key] = series
+                series.instances.setdefault(header.sop_instance_uid, (header, path))
+                series.sender = association
+                series.broken, series.broken_at = "the node was restarted while the series was open", now
+
+    def tick(self, *, final: bool = False) -> None:
+        """Close what can be closed. With `final` (a shutdown) proved ends are not given their grace."""
+        with self._ticking:
+            with self._lock:
+                due = [series for series in list(self._open.values()) if self._is_due(series, final)]
+                closing = [(series, series.closed(), series.extent) for series in due]
+            for series, closed, extent in closing:
+                self._close(series, closed, extent)
+
+    @property
+    def open_series(self) -> int:
+        """Series that are open now."""
+        return len(self._open)
+
+    def _begin(self, key: _Key, header: InstanceHeader) -> _OpenSeries:
+        series = self._open[key] = _OpenSeries(key, self._clock())
+        try:
+            for known, path in self._recall(*key):
+                series.instances[known.sop_instance_uid] = (known, path)
+        except Exception as error:
+            # The instance at hand is on disk and acknowledged; it must not be lost for want of its predecessors.
+            log.error("earlier instances of the series cannot be read", series=key[1], error=plainly(error))
+        series.reopened = bool(series.instances.keys() - {header.sop_instance_uid})
+        return series
+
+    def _is_due(self, series: _OpenSeries, final: bool) -> bool:
+        """Whether to close now; leaves the verdict in `series`."""
+        now = self._clock()
+        if not series.instances:
+            # Nothing but refused instances: the sender holds them all, so there is nothing to close.
+            if not series.associations and now - series.last >= self._quiet_s:
+                del self._open[series.key]
+            return False
+        if now < series.retry_at:
+            return False
+        if now - series.last >= self._quiet_s:
+            if any(self._sending.get(association) == series.key for association in series.associations):
+                # In the midst of sending this very series; the listener's timeouts end that.
+                return False
+            series.verdict = series.judge(f"no instance came for {self._quiet_s:g} s")
+            return True
+        if series.associations or series.ended_at is None or series.reopened or series.examined:
+            return False
+        if not final and now - series.ended_at < self._grace_s:
+            return False
+        series.examined = True
+        if numbers_missing(series.headers):
+            return False
+        series.verdict = series.judge("the association ended")
+        return series.verdict[0]
+
+    def _close(self, series: _OpenSeries, closed: ClosedSeries, extent: tuple[int, int]) -> None:
+        """Offer the series as it was when it was judged; forget it unless more has come meanwhile."""
+        try:
+            # Outside the lock, so that a slow ledger does not hold up the associations.
+            self._on_closed(closed)
+        except Exception as error:
+            log.exception("closed series was not taken, kept open", series=series.key[1], error=plainly(error))
+            with self._lock:
+                series.retry_at = self._clock() + RETRY_S
+                series.examined = False
+            return
+        log.info(
+            "series closed",
+            series=closed.series_instance_uid,
+            instances=len(closed.instances),
+            complete=closed.complete,
+            reason=closed.reason,
+        )
+        with self._lock:
+            if series.extent == extent:
+                self._open.pop(series.key, None)
+            else:
+                series.reopened = True
+
+
+_Key = tuple[str, str]
+
+
+@dataclass
+class _OpenSeries:
+    key: _Key
+    #: When something last happened to it.
+    last: float
+    instances: dict[str, tuple[InstanceHeader, Path]] = field(default_factory=dict)
+    #: Associations that are open and have sent of it, and when each began to.
+    associations: dict[AssociationId, float] = field(default_factory=dict)
+    #: SOP instance UIDs that were refused and have not come since.
+    refused: set[str] = field(default_factory=set)
+    sender: AssociationId = field(default_factory=lambda: AssociationId(0, "", ""))
+    ended_at: float | None = None
+    #: What broke off the sending; empty when nothing did, or when it was begun again since and brought to its end.
+    broken: str = ""
+    broken_at: float = 0.0
+    #: Whether it was closed before.
+    reopened: bool = False
+    #: Whether it was found wanting since something last happened to it.
+    examined: bool = False
+    retry_at: float = 0.0
+    verdict: tuple[bool, str] = (False, "")
+
+    @property
+    def headers(self) -> list[InstanceHeader]:
+        return [header for header, _ in self.instances.values()]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Changes whenever the series has become another: instances and refusals are only ever added."""
+        return len(self.instances), len(self.refused)
+
+    def touch(self, association: AssociationId, now: float) -> None:
+        self.associations.setdefault(association, now)
+        self.last = now
+        self.examined = False
+
+    def end(self, association: AssociationId, ending: Ending, now: float) -> None:
+        begun = self.associations.pop(association)
+        self.ended_at = now
+        self.examined = False
+        if ending == "aborted":
+            self.broken, self.broken_at = "the association was aborted", now
+        elif begun >= self.broken_at:
+            self.broken = ""
+
+    def judge(self, ended: str) -> tuple[bool, str]:
+        """Whether the series is complete, and why, given what `ended` it."""
+        tiling = tile(self.headers)
+        missing = []
+        if tiling.kind == "gap":
+            missing.append(tiling.detail)
+        if self.refused:
+            missing.append(f"{len(self.refused)} instances were refused and not sent again")
+        if self.broken:
+            missing.append(f"{self.broken}, so its end may be missing")
+        if missing:
+            return False, f"incomplete: {'; '.join(missing)}; {ended}"
+        shape = tiling.detail if tiling.kind == "even" else f"geometry cannot tell ({tiling.detail})"
+        doubt = numbers_missing(self.headers)
+        return True, f"{shape}, and {ended}{f', although {doubt}' if doubt else ''}"
+
+    def closed(self) -> ClosedSeries:
+        """The series under its last verdict."""
+        return ClosedSeries(
+            series_instance_uid=self.key[1],
+            study_instance_uid=self.key[0],
+            calling_ae=self.sender.calling_ae,
+            called_ae=self.sender.called_ae,
+            instances=tuple(self.headers),
+            paths=tuple(path for _, path in self.instances.values()),
+            complete=self.verdict[0],
+            reason=self.verdict[1],
+        )

@@ -1,0 +1,289 @@
+"""Received instances, durable on disk: root/STUDY/SERIES/SOP.dcm.
+
+When `Spool.store` has returned, the bytes are under their final name and survive the loss of power: the file was
+fsynced, then linked, then the folder was fsynced. A data set is kept as it was sent, never decoded and encoded again,
+behind a File Meta Information of our own (PS3.10 7.1). One process at a time receives into a spool; any may read it.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import shutil
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Literal
+
+import structlog
+
+from node import __version__
+from node.intake.header import HeaderError, InstanceHeader, read_header
+
+log = structlog.stdlib.get_logger(__name__)
+
+#: Our Implementation Class UID (PS3.7 D.3.3.2.1), a UUID-derived UID (PS3.5 B.2) that names this software for ever.
+IMPLEMENTATION_CLASS_UID = "2.25.236250589914516971170341255605065768586"
+#: Implementation Version Name, at most 16 characters (PS3.7 D.3.3.2.4).
+IMPLEMENTATION_VERSION = f"LUNGNODE {__version__}"[:16]
+
+#: Digits in components, at most 64 characters (PS3.5 9.1). Leading zeros, which 9.1 forbids, are let through: scanners
+#: write them, and they do no harm in a path.
+UID = re.compile(r"(?=.{1,64}\Z)[0-9]+(?:\.[0-9]+)*\Z", re.ASCII)
+
+#: Bytes compared at a time when a resent instance is checked against the one that is kept.
+_BLOCK = 1 << 20
+
+#: Folders whose way to the root is known to be on disk; forgotten at this number to bound memory.
+_KNOWN_FOLDERS = 4096
+
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+class InvalidUIDError(ValueError):
+    """A UID is no UID; the message does not quote it, for it can hold anything."""
+
+
+class SpoolFullError(OSError):
+    """There is too little room on disk to keep another instance."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where an instance is kept, and how it compares to what was kept before."""
+
+    path: Path
+    #: 'new'; 'same' bytes were there already; other bytes were there and have been kept ('differs').
+    outcome: Literal["new", "same", "differs"]
+
+
+@dataclass(frozen=True)
+class SpooledInstance:
+    """One instance as found on disk."""
+
+    header: InstanceHeader
+    path: Path
+    calling_ae: str
+    called_ae: str
+
+
+class Spool:
+    """The folder of received instances.
+
+    Parameters
+    ----------
+    root
+        Made when missing. Must be one filesystem that knows hard links: a link cannot overwrite, a rename can.
+    floor_bytes
+        Free space that is left to others; below it nothing more is taken.
+    """
+
+    def __init__(self, root: Path, floor_bytes: int = 0) -> None:
+        self.root = root
+        self._floor = floor_bytes
+        self._incoming = root / "incoming"
+        self._known: set[Path] = set()
+        self._folders = threading.Lock()
+        self._incoming.mkdir(parents=True, exist_ok=True)
+        for left_over in self._incoming.iterdir():
+            left_over.unlink()
+        _fsync_folder(root)
+        _fsync_folder(root.parent)
+
+    def store(
+        self,
+        *,
+        study_uid: str,
+        series_uid: str,
+        sop_uid: str,
+        sop_class_uid: str,
+        transfer_syntax_uid: str,
+        calling_ae: str,
+        called_ae: str,
+        dataset: bytes | bytearray | memoryview,
+    ) -> Stored:
+        """Keep an encoded data set; durable when this returns.
+
+        Safe to call from several threads, also for one and the same instance. What is kept is never overwritten.
+
+        Raises
+        ------
+        InvalidUIDError
+            A UID is not digits and dots, or too long: it could not be a path, nor be sent on.
+        SpoolFullError
+            Less than the floor would be left, or the filesystem is full; nothing is left behind.
+        OSError
+            The filesystem failed otherwise; nothing is left behind.
+        """
+        folder = self._folder(study_uid, series_uid)
+        path = folder / f"{_valid(sop_uid)}.dcm"
+        meta = file_meta(sop_class_uid, sop_uid, transfer_syntax_uid, calling_ae, called_ae)
+        if path.exists():
+            return self._kept(path, dataset)
+        if shutil.disk_usage(self.root).free - len(dataset) < self._floor:
+            raise SpoolFullError(errno.ENOSPC, "less than the configured floor of free space is left")
+        try:
+            temporary = self._write(meta, dataset)
+            try:
+                self._ensure(folder)
+                os.link(temporary, path)
+            except FileExistsError:
+                return self._kept(path, dataset)
+            finally:
+                temporary.unlink()
+            _fsync_folder(folder)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise SpoolFullError(error.errno, "no space left for the instance") from error
+            raise
+        return Stored(path, "new")
+
+    def series(self, study_uid: str, series_uid: str) -> list[SpooledInstance]:
+        """Instances kept of one series, by file name; files that cannot be read are logged and left out."""
+        found = []
+        for path in sorted(self._folder(study_uid, series_uid).glob("*.dcm")):
+            try:
+                found.append(_read(path))
+            except (OSError, ValueError, struct.error) as error:
+                log.error("spooled file cannot be read", file=path.name, error=type(error).__name__)
+        return found
+
+    def series_uids(self) -> Iterator[tuple[str, str]]:
+        """(study UID, series UID) of every series on disk."""
+        for study in sorted(self.root.iterdir()):
+            if UID.match(study.name):
+                yield from ((study.name, series.name) for series in sorted(study.iterdir()) if UID.match(series.name))
+
+    def recover(self) -> Iterator[list[SpooledInstance]]:
+        """Every series on disk, for putting together again what was open when the process ended."""
+        for study_uid, series_uid in self.series_uids():
+            if instances := self.series(study_uid, series_uid):
+                yield instances
+
+    def _folder(self, study_uid: str, series_uid: str) -> Path:
+        return self.root / _valid(study_uid) / _valid(series_uid)
+
+    def _write(self, meta: bytes, dataset: bytes | bytearray | memoryview) -> Path:
+        """A temporary file with the instance, its bytes on disk."""
+        with NamedTemporaryFile(dir=self._incoming, suffix=".part", delete=False) as file:
+            temporary = Path(file.name)
+            try:
+                file.write(meta)
+                file.write(dataset)
+                file.flush()
+                os.fchmod(file.fileno(), 0o640)
+                os.fsync(file.fileno())
+            except BaseException:
+                temporary.unlink()
+                raise
+        return temporary
+
+    def _ensure(self, folder: Path) -> None:
+        """Make the series folder; the names that lead to it are on disk when this returns."""
+        with self._folders:
+            if folder in self._known and folder.is_dir():
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            _fsync_folder(folder.parent)
+            _fsync_folder(self.root)
+            if len(self._known) >= _KNOWN_FOLDERS:
+                self._known.clear()
+            self._known.add(folder)
+
+    def _kept(self, path: Path, dataset: bytes | bytearray | memoryview) -> Stored:
+        """Compare with what is kept. Another thread may have linked it just now, so its names are brought to disk."""
+        same = _same_dataset(path, dataset)
+        self._ensure(path.parent)
+        _fsync_folder(path.parent)
+        return Stored(path, "same" if same else "differs")
+
+
+def file_meta(
+    sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, calling_ae: str, called_ae: str
+) -> bytes:
+    """Preamble, prefix and File Meta Information (PS3.10 table 7.1-1), which names sender and receiver.
+
+    Raises
+    ------
+    InvalidUIDError
+        A UID is no UID.
+    """
+    elements = b"".join(
+        (
+            _element(0x0001, b"OB", b"\0\1"),
+            _element(0x0002, b"UI", _valid(sop_class_uid).encode()),
+            _element(0x0003, b"UI", _valid(sop_instance_uid).encode()),
+            _element(0x0010, b"UI", _valid(transfer_syntax_uid).encode()),
+            _element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID.encode()),
+            _element(0x0013, b"SH", IMPLEMENTATION_VERSION.encode()),
+            # Source and Receiving Application Entity Title.
+            _element(0x0016, b"AE", calling_ae.encode("ascii", "replace")[:16]),
+            _element(0x0018, b"AE", called_ae.encode("ascii", "replace")[:16]),
+        )
+    )
+    return bytes(128) + b"DICM" + _element(0x0000, b"UL", struct.pack("<L", len(elements))) + elements
+
+
+#: Offset of the first element after the group length, whose own 12 bytes follow preamble and prefix.
+_META_START = 128 + 4 + 12
+
+
+def _element(number: int, vr: bytes, value: bytes) -> bytes:
+    """An element of group 0002, which is always Explicit VR Little Endian (PS3.10 7.1)."""
+    value += (b"\0" if vr == b"UI" else b" ") * (len(value) % 2)
+    if vr == b"OB":
+        return struct.pack("<HH2sHL", 2, number, vr, 0, len(value)) + value
+    return struct.pack("<HH2sH", 2, number, vr, len(value)) + value
+
+
+def _valid(uid: str) -> str:
+    if not UID.match(uid):
+        raise InvalidUIDError("a UID is not digits and dots of at most 64 characters (PS3.5 9.1)")
+    return uid
+
+
+def _same_dataset(path: Path, dataset: bytes | bytearray | memoryview) -> bool:
+    with path.open("rb") as file:
+        start = _dataset_start(file.read(_META_START))
+        if os.fstat(file.fileno()).st_size - start != len(dataset):
+            return False
+        file.seek(start)
+        view = memoryview(dataset)
+        return all(file.read(_BLOCK) == view[at : at + _BLOCK] for at in range(0, len(view), _BLOCK))
+
+
+def _dataset_start(head: bytes | mmap.mmap) -> int:
+    return _META_START + int(struct.unpack_from("<L", head, _META_START - 4)[0])
+
+
+def _read(path: Path) -> SpooledInstance:
+    """Header and sender of a file that `Spool.store` wrote."""
+    with path.open("rb") as file:
+        # Mapped, not read: the walk stops at the pixel data, so only the first pages come from disk.
+        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if raw[128:132] != b"DICM":
+        raise HeaderError("no DICOM file")
+    start, at, meta = _dataset_start(raw), _META_START, dict[int, str]()
+    while at < start:
+        _, number, vr, length = struct.unpack_from("<HH2sH", raw, at)
+        at += 8
+        if vr == b"OB":
+            length = struct.unpack_from("<L", raw, at)[0]
+            at += 4
+        meta[number] = raw[at : at + length].decode("ascii", "replace").strip("\0 ")
+        at += length
+    header = read_header(memoryview(raw)[start:], meta.get(0x0010, ""))
+    return SpooledInstance(header, path, meta.get(0x0016, ""), meta.get(0x0018, ""))
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
