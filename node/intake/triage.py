@@ -1,0 +1,228 @@
+"""Is a closed series ours? Axial chest CT is; of all else a plain sentence says why not.
+
+Judged on headers alone, before any pixel is decoded, and in the order in which a reader would ask: what kind of object,
+which kind of image, how it lies, which part of the body, whether it is whole, whether it is enough.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pydicom.uid import UID
+
+from node.intake.assembly import ClosedSeries
+from node.intake.header import InstanceHeader
+from node.intake.tiling import Tiling, normal, tile
+
+#: CT Image, Enhanced CT Image and Legacy Converted Enhanced CT Image Storage (PS3.4 B.5).
+CT_CLASSES = frozenset(
+    ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"),
+)
+
+#: Degrees between slice normal and body axis up to which slices are axial. Patients and tables lie askew by a few;
+#: reformats along an airway or vessel by tens.
+MAX_OBLIQUE_DEG = 10.0
+
+#: Degrees of gantry tilt, or of shear between slices, from which a stack is no rectangular volume.
+MAX_TILT_DEG = 1.0
+
+#: mm of slice thickness, and of slice spacing. 5 mm is the coarsest routine chest CT; beyond, volumes in ml and lesions
+#: of a centimetre are guesses.
+MAX_SLICE_MM = 6.0
+
+#: mm along the body axis below which adult lungs cannot be whole (they measure some 200 to 300 mm).
+MIN_COVERAGE_MM = 150.0
+
+#: Slices: the least coverage at the coarsest spacing.
+MIN_SLICES = 25
+
+#: Values of Image Type (PS3.3 C.8.2.1.1.1, C.8.15.2.1, and makers' own) that name what was computed from the slices.
+#: DERIVED alone does not: a lossy compressed slice has it too (C.7.6.1.1.2).
+REFORMATS = frozenset(
+    "MPR CPR REFORMATTED AVERAGE MIP MINIP MAX_IP MIN_IP MAXIP PROJECTION PERFUSION VRT VOLUME_RENDERED VOLREND SSD "
+    "SUBTRACT SUBTRACTION FUSION OVERLAY".split()  # noqa: SIM905 - twenty quoted words are harder to read
+)
+
+#: Stems that name the chest in Body Part Examined; DICOM's own are CHEST, LUNG, CHESTABDOMEN, CHESTABDPELVIS and
+#: NECKCHESTABDPELV (PS3.16 annex L), scanners write more.
+CHEST = ("CHEST", "CHST", "THOR", "TORAX", "TORACE", "TORACICA", "LUNG", "PULMO", "POUMON", "BRUST", "POITRINE", "CXR")
+#: Abbreviations of several parts with the chest: whole words only.
+CHEST_WORDS = frozenset(("TAP", "CAP", "NCAP", "NTAP", "TAPS", "CHABPE"))
+
+#: Stems that name another part. Values that name neither, and empty ones, are let through: the attribute is optional
+#: and often wrong.
+OTHER_PARTS = (
+    "HEAD BRAIN SKULL CRAN NECK SINUS ORBIT FACE FACIAL JAW MANDIB DENTAL TEETH EAR IAC TEMPORAL SPINE SPINAL LUMB SACR "
+    "COCCYX ABD LIVER KIDNEY RENAL PANCREAS SPLEEN COLON BOWEL PELV BLADDER PROSTATE UTERUS HIP FEMUR LEG KNEE TIB ANKLE "
+    "FOOT TOE CALC SHOULDER CLAVIC HUMERUS ARM ELBOW WRIST HAND FINGER EXTREM HEART CARDIAC CORONARY CAROTID BREAST "
+    "PHANTOM".split()  # noqa: SIM905
+)
+#: A spine is no chest, even a thoracic one: its field of view leaves the lungs out.
+SPINE = ("SPINE", "SPINAL", "LUMB")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a series is to be analysed, and why (not), in a sentence for admins and radiologists."""
+
+    analyse: bool
+    reason: str
+
+
+def triage(series: ClosedSeries) -> Verdict:
+    """Judge a closed series by its headers.
+
+    Parameters
+    ----------
+    series
+        As `node.intake.assembly` closed it; needs at least one instance.
+    """
+    tiling = tile(series.instances)
+    for refusal in _refusals(series, tiling):
+        return Verdict(False, f"not analysed: {refusal}")
+    first = series.instances[0]
+    part = "axial chest CT" if _names_chest(first.body_part) else "axial CT, body part not given as chest"
+    count = sum(len(header.positions) for header in series.instances)
+    return Verdict(True, f"{part}, {count} slices every {tiling.step:.1f} mm over {tiling.extent_mm:.0f} mm")
+
+
+def _refusals(series: ClosedSeries, tiling: Tiling) -> Iterator[str]:
+    """Reasons against, the plainest first."""
+    headers = series.instances
+    yield from _kind(headers)
+    yield from _image_type(headers)
+    yield from _orientation(headers, tiling)
+    yield from _body_part(headers)
+    if not series.complete:
+        yield series.reason if series.reason.startswith("incomplete") else f"incomplete: {series.reason}"
+    yield from _stack(headers, tiling)
+
+
+def _kind(headers: Sequence[InstanceHeader]) -> Iterator[str]:
+    for header in headers:
+        if header.sop_class_uid in _KINDS:
+            yield _KINDS[header.sop_class_uid]
+        elif header.sop_class_uid not in CT_CLASSES:
+            uid = UID(header.sop_class_uid)
+            yield f"no CT images, but {uid.name.removesuffix(' Storage') if uid.name != uid else 'a private object'}"
+        elif header.modality != "CT":
+            yield f"modality {header.modality or 'not given'}, not CT"
+
+
+def _image_type(headers: Sequence[InstanceHeader]) -> Iterator[str]:
+    localizers = sum("LOCALIZER" in _words(header.image_type) for header in headers)
+    if localizers == len(headers):
+        yield "localizer (scout view)"
+    elif localizers:
+        yield f"{localizers} localizers among the slices"
+    for header in headers:
+        words = _words(header.image_type)
+        if computed := sorted(words & REFORMATS):
+            yield f"derived images ({', '.join(computed).lower()}), not the original slices"
+
+
+def _orientation(headers: Sequence[InstanceHeader], tiling: Tiling) -> Iterator[str]:
+    directions = [normal(header) for header in headers]
+    known = [direction for direction in directions if direction]
+    if len(known) < len(headers) or not all(header.positions for header in headers):
+        yield "slices without position or orientation"
+        return
+    for x, y, z in known:
+        if _degrees(z) > MAX_OBLIQUE_DEG:
+            # A tilted gantry leans the slice but not the row; the table still moves along the body.
+            leaning = _degrees(z)
+            if _shear_deg(headers) > MAX_TILT_DEG:
+                yield f"gantry tilt of {leaning:.0f} degrees"
+            plane = {_degrees(x): "sagittal", _degrees(y): "coronal"}
+            nearest = min(plane)
+            yield f"{plane[nearest] if nearest <= 45 else 'oblique'} slices, not axial"
+    tilt = max(abs(header.gantry_tilt or 0.0) for header in headers)
+    if max(tilt, shear := _shear_deg(headers)) > MAX_TILT_DEG:
+        yield f"gantry tilt of {max(tilt, shear):.0f} degrees"
+    if tiling.layers > 1:
+        yield f"{tiling.layers} slices at each place (phases or reconstructions in one series)"
+
+
+def _body_part(headers: Sequence[InstanceHeader]) -> Iterator[str]:
+    for part in {header.body_part for header in headers}:
+        if not _names_chest(part) and any(stem in _letters(part) for stem in OTHER_PARTS):
+            yield f"body part {_letters(part)}, not chest"
+
+
+def _stack(headers: Sequence[InstanceHeader], tiling: Tiling) -> Iterator[str]:
+    count = sum(len(header.positions) for header in headers)
+    if len({(header.rows, header.columns) for header in headers}) > 1:
+        yield "slices differ in matrix size"
+    thickness = max((header.slice_thickness or 0.0 for header in headers), default=0.0)
+    if thickness > MAX_SLICE_MM:
+        yield f"slices are {thickness:.1f} mm thick; at most {MAX_SLICE_MM:g} mm can be analysed"
+    if count < MIN_SLICES:
+        yield f"{count} slice{'s' if count > 1 else ''}; at least {MIN_SLICES} are needed"
+    if tiling.kind != "even":
+        yield f"slices make no regular stack: {tiling.detail}"
+    if tiling.step > MAX_SLICE_MM:
+        yield f"slices are {tiling.step:.1f} mm apart; at most {MAX_SLICE_MM:g} mm can be analysed"
+    if tiling.extent_mm < MIN_COVERAGE_MM:
+        yield f"slices cover {tiling.extent_mm:.0f} mm; whole lungs need at least {MIN_COVERAGE_MM:g} mm"
+
+
+#: SOP classes that sit beside CT series in a study, in the words of those who read the verdict.
+_KINDS = {
+    "1.2.840.10008.5.1.4.1.1.88.67": "dose report",
+    "1.2.840.10008.5.1.4.1.1.88.76": "dose report",
+    "1.2.840.10008.5.1.4.1.1.88.11": "structured report",
+    "1.2.840.10008.5.1.4.1.1.88.22": "structured report",
+    "1.2.840.10008.5.1.4.1.1.88.33": "structured report",
+    "1.2.840.10008.5.1.4.1.1.88.34": "structured report",
+    "1.2.840.10008.5.1.4.1.1.66.4": "segmentation",
+    "1.2.840.10008.5.1.4.1.1.66.7": "segmentation",
+    "1.2.840.10008.5.1.4.1.1.7": "secondary capture",
+    "1.2.840.10008.5.1.4.1.1.7.1": "secondary capture",
+    "1.2.840.10008.5.1.4.1.1.7.2": "secondary capture",
+    "1.2.840.10008.5.1.4.1.1.7.3": "secondary capture",
+    "1.2.840.10008.5.1.4.1.1.7.4": "secondary capture",
+    "1.2.840.10008.5.1.4.1.1.128": "PET images, not CT",
+    "1.2.840.10008.5.1.4.1.1.130": "PET images, not CT",
+    "1.2.840.10008.5.1.4.1.1.4": "MR images, not CT",
+    "1.2.840.10008.5.1.4.1.1.4.1": "MR images, not CT",
+}
+
+
+def _words(values: Sequence[str]) -> frozenset[str]:
+    """Values and the words in them: makers write 'CT_SOM5 MPR' or 'PROJECTION IMAGE' as one value."""
+    upper = [value.upper() for value in values]
+    return frozenset(upper) | frozenset(word for value in upper for word in value.split())
+
+
+def _letters(part: str) -> str:
+    """Capitals without accents, joined by underscores."""
+    plain = unicodedata.normalize("NFKD", part.upper())
+    return re.sub(r"[^A-Z]+", "_", plain).strip("_")
+
+
+def _names_chest(part: str) -> bool:
+    letters = _letters(part)
+    if any(stem in letters for stem in SPINE):
+        return False
+    return any(stem in letters for stem in CHEST) or not CHEST_WORDS.isdisjoint(letters.split("_"))
+
+
+def _degrees(cosine: float) -> float:
+    return math.degrees(math.acos(min(1.0, abs(cosine))))
+
+
+def _shear_deg(headers: Sequence[InstanceHeader]) -> float:
+    """Angle between the slice normal and the way from the first slice to the last."""
+    direction = normal(headers[0])
+    places = [position for header in headers for position in header.positions]
+    if direction is None or len(places) < 2:
+        return 0.0
+    along = [sum(a * b for a, b in zip(direction, place, strict=True)) for place in places]
+    first, last = places[along.index(min(along))], places[along.index(max(along))]
+    way = [b - a for a, b in zip(first, last, strict=True)]
+    length = math.hypot(*way)
+    return _degrees(sum(a * b for a, b in zip(direction, way, strict=True)) / length) if length > 1.0 else 0.0
