@@ -42,10 +42,12 @@ MIN_SLICES = 25
 
 #: Values of Image Type (PS3.3 C.8.2.1.1.1, C.8.15.2.1, and makers' own) that name what was computed from the slices.
 #: DERIVED alone does not: a lossy compressed slice has it too (C.7.6.1.1.2).
-REFORMATS = frozenset(
-    "MPR CPR REFORMATTED AVERAGE MIP MINIP MAX_IP MIN_IP MAXIP PROJECTION PERFUSION VRT VOLUME_RENDERED VOLREND SSD "
-    "SUBTRACT SUBTRACTION FUSION OVERLAY".split()  # noqa: SIM905 - twenty quoted words are harder to read
-)
+# fmt: off
+REFORMATS = frozenset([
+    "MPR", "CPR", "REFORMATTED", "AVERAGE", "MIP", "MINIP", "MAX_IP", "MIN_IP", "MAXIP", "PROJECTION", "PERFUSION",
+    "VRT", "VOLUME_RENDERED", "VOLREND", "SSD", "SUBTRACT", "SUBTRACTION", "FUSION", "OVERLAY",
+])
+# fmt: on
 
 #: Stems that name the chest in Body Part Examined; DICOM's own are CHEST, LUNG, CHESTABDOMEN, CHESTABDPELVIS and
 #: NECKCHESTABDPELV (PS3.16 annex L), scanners write more.
@@ -55,12 +57,15 @@ CHEST_WORDS = frozenset(("TAP", "CAP", "NCAP", "NTAP", "TAPS", "CHABPE"))
 
 #: Stems that name another part. Values that name neither, and empty ones, are let through: the attribute is optional
 #: and often wrong.
+# fmt: off
 OTHER_PARTS = (
-    "HEAD BRAIN SKULL CRAN NECK SINUS ORBIT FACE FACIAL JAW MANDIB DENTAL TEETH EAR IAC TEMPORAL SPINE SPINAL LUMB SACR "
-    "COCCYX ABD LIVER KIDNEY RENAL PANCREAS SPLEEN COLON BOWEL PELV BLADDER PROSTATE UTERUS HIP FEMUR LEG KNEE TIB ANKLE "
-    "FOOT TOE CALC SHOULDER CLAVIC HUMERUS ARM ELBOW WRIST HAND FINGER EXTREM HEART CARDIAC CORONARY CAROTID BREAST "
-    "PHANTOM".split()  # noqa: SIM905
+    "HEAD", "BRAIN", "SKULL", "CRAN", "NECK", "SINUS", "ORBIT", "FACE", "FACIAL", "JAW", "MANDIB", "DENTAL", "TEETH",
+    "EAR", "IAC", "TEMPORAL", "SPINE", "SPINAL", "LUMB", "SACR", "COCCYX", "ABD", "LIVER", "KIDNEY", "RENAL",
+    "PANCREAS", "SPLEEN", "COLON", "BOWEL", "PELV", "BLADDER", "PROSTATE", "UTERUS", "HIP", "FEMUR", "LEG", "KNEE",
+    "TIB", "ANKLE", "FOOT", "TOE", "CALC", "SHOULDER", "CLAVIC", "HUMERUS", "ARM", "ELBOW", "WRIST", "HAND", "FINGER",
+    "EXTREM", "HEART", "CARDIAC", "CORONARY", "CAROTID", "BREAST", "PHANTOM",
 )
+# fmt: on
 #: A spine is no chest, even a thoracic one: its field of view leaves the lungs out.
 SPINE = ("SPINE", "SPINAL", "LUMB")
 
