@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydicom import Dataset
 from pydicom._dicom_dict import DicomDictionary
 from pydicom.datadict import tag_for_keyword
+from pydicom.multival import MultiValue
 
 #: Where settings are looked for when no file is named: the environment first, then the working folder.
 CONFIG_VARIABLE = "LUNGNODE_CONFIG"
@@ -84,6 +87,12 @@ class Route(_Section):
     """peers (by name) and the objects that each gets: infection-seg, lung-seg, sr, capture"""
     tell_not_analysed: bool = True
     """send a 'not analysed, because …' report and capture when a chest CT cannot be analysed"""
+
+    def takes(self, peer_names: Collection[str], header: Dataset) -> bool:
+        """Whether this route takes a series that one of `peer_names` sent, judged by one instance's `header`."""
+        if self.from_ != "any" and not set(self.from_) & set(peer_names):
+            return False
+        return all(_matches(header.get(keyword), wanted) for keyword, wanted in self.when.items())
 
 
 class Worker(_Section):
@@ -197,6 +206,13 @@ def schema() -> dict[str, Any]:
 
 
 _Location = tuple[int | str, ...]
+
+
+def _matches(value: Any, wanted: str | tuple[str, ...]) -> bool:
+    """Whether any value of an attribute matches any of the patterns; an absent attribute matches none."""
+    values = [] if value is None else list(value) if isinstance(value, MultiValue) else [value]
+    patterns = (wanted,) if isinstance(wanted, str) else wanted
+    return any(fnmatchcase(str(one), pattern) for one in values for pattern in patterns)
 
 
 def _with_secrets(settings: Settings) -> Settings:

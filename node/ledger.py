@@ -34,6 +34,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
+from sqlalchemy.pool import NullPool
 
 from node.telemetry.logs import plainly
 
@@ -124,7 +125,7 @@ class Analysis(Owed):
     not_analysed: Mapped[str | None] = mapped_column(Text, default=None)
     #: Content date and time of the objects; fixed at the first attempt so that a second makes the same objects.
     content_at: Mapped[float | None] = mapped_column(default=None)
-    #: `node.analysis.pipeline.summary`.
+    #: `node.analysis.summary.summary`.
     summary: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
 
     series: Mapped[Series] = relationship(back_populates="analyses")
@@ -385,7 +386,9 @@ def _series_id(row: Owed) -> int:
 
 
 def _engine(url: str) -> Engine:
-    engine = create_engine(url)
+    # A connection must not cross the fork of a worker's pool, so none is kept open to a file.
+    pool = NullPool if url.startswith("sqlite:///") else None
+    engine = create_engine(url, poolclass=pool)
     if engine.dialect.name == "sqlite":
 
         @event.listens_for(engine, "connect")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -75,12 +78,18 @@ class Orthanc:
 @pytest.fixture
 def orthanc(tmp_path: Path) -> Iterator[Orthanc]:
     """A real Orthanc on loopback."""
+    with running_orthanc(tmp_path / "orthanc") as archive:
+        yield archive
+
+
+@contextmanager
+def running_orthanc(folder: Path) -> Iterator[Orthanc]:
+    """Orthanc with its database in `folder`, which is made."""
     program = tool("Orthanc")
     plugin = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
     if not plugin.exists():
         pytest.skip("orthanc-dicomweb is not installed")
     port, http = free_port(), free_port()
-    folder = tmp_path / "orthanc"
     folder.mkdir()
     settings = {
         "Name": "TEST",
@@ -120,3 +129,61 @@ def orthanc(tmp_path: Path) -> Iterator[Orthanc]:
     finally:
         process.terminate()
         process.wait(20)
+
+
+@dataclass(frozen=True)
+class RunningNode:
+    """A `lungnode up` with a settings file of its own."""
+
+    settings_file: Path
+    ae_title: str
+    port: int
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a `lungnode` command with this node's settings."""
+        return subprocess.run(
+            [sys.executable, "-m", "node", *arguments],
+            env={**os.environ, "LUNGNODE_CONFIG": str(self.settings_file), "COLUMNS": "160"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def status(self) -> list[dict[str, Any]]:
+        """What `lungnode status --json` prints."""
+        done = self.command("status", "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout) if done.stdout.startswith("[") else []
+
+
+@contextmanager
+def running_node(folder: Path, settings: dict[str, Any]) -> Iterator[RunningNode]:
+    """`lungnode up` below `folder`; stopped as by Ctrl-C at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listener = {"ae_title": "LUNGNODE", "host": "127.0.0.1", "port": free_port(), "quiet_period_s": 3}
+    listener |= settings.pop("listener", {})
+    file, log = folder / "node.yaml", folder / "node.log"
+    file.write_text(json.dumps({"data": str(folder / "var"), "listener": listener, **settings}))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "node", "up", "--config", file], stdout=output, stderr=output, start_new_session=True
+        )
+    node = RunningNode(file, listener["ae_title"], listener["port"], log, process)
+
+    def listens() -> bool:
+        assert process.poll() is None, log.read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", node.port)) == 0
+
+    try:
+        wait_for(listens, 60, "the node to listen")
+        yield node
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise

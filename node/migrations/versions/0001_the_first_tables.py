@@ -123,7 +123,6 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_deliveries_state"), ["state"], unique=False)
 
 
-
 def downgrade() -> None:
     """Change them back."""
     with op.batch_alter_table("deliveries", schema=None) as batch_op:

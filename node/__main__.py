@@ -1,0 +1,5 @@
+"""`python -m node` is `lungnode`."""
+
+from node.cli import app
+
+app()

@@ -1,0 +1,91 @@
+"""Analysis of a folder without a network: the node's own triage, analysis and objects, for `lungnode analyse`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from node import results
+from node.analysis import pipeline
+from node.analysis.summary import summary
+from node.analysis.volume import VolumeError
+from node.intake.assembly import Assembly, AssociationId, ClosedSeries
+from node.intake.header import HeaderError, read_file_header
+from node.intake.spool import Stored
+from node.intake.triage import triage
+from node.results.capture import overlay_png
+from node.tasks import segmenter
+
+
+class NothingToAnalyse(ValueError):  # noqa: N818 - not an error of the program
+    """A folder holds no chest CT that can be analysed; the message says why for each series."""
+
+
+@dataclass(frozen=True)
+class Analysed:
+    """One series' summary (`node.analysis.summary.summary`) and the files written, relative to the out folder."""
+
+    summary: dict[str, Any]
+    files: list[str]
+
+
+def analyse_folder(folder: Path, out: Path, device: str, progress: Progress) -> list[Analysed]:
+    """Analyse every chest CT series at or below `folder`; each gets a folder of its own when there are several.
+
+    Raises
+    ------
+    NothingToAnalyse
+        No series was analysed.
+    """
+    bar = progress.add_task("reading headers", total=None)
+    series = closed_folder(folder)
+    chosen, reasons = [], list[str]()
+    for one in series:
+        verdict = triage(one)
+        if verdict.analyse:
+            chosen.append(one)
+        else:
+            reasons.append(f"series {one.series_instance_uid}: {verdict.reason}")
+    done = []
+    for one in chosen:
+        target = out if len(chosen) == 1 else out / one.series_instance_uid
+        try:
+            done.append(_analyse(one, target, out, device, progress, bar))
+        except VolumeError as reason:
+            reasons.append(f"series {one.series_instance_uid}: {reason}")
+    if not done:
+        raise NothingToAnalyse("\n".join(reasons) or f"no DICOM series in {folder}")
+    return done
+
+
+def closed_folder(folder: Path) -> list[ClosedSeries]:
+    """Every series at or below a folder, closed and judged as the listener would."""
+    closed: list[ClosedSeries] = []
+    assembly = Assembly(closed.append, quiet_s=0.0)
+    association = AssociationId(0, "", "")
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        try:
+            assembly.received(association, read_file_header(path), Stored(path, "new"))
+        except HeaderError:
+            continue
+    assembly.association_ended(association)
+    assembly.tick(final=True)
+    return closed
+
+
+def _analyse(series: ClosedSeries, target: Path, out: Path, device: str, progress: Progress, bar: Any) -> Analysed:
+    def show(stage: str, fraction: float) -> None:
+        progress.update(bar, description=stage, total=1.0, completed=fraction)
+
+    volume, findings = pipeline.analyse(series.paths, segmenter(device), show)
+    show("making objects", 0.0)
+    target.mkdir(parents=True, exist_ok=True)
+    made = results.build(volume, findings, None, target, content_datetime=datetime.now().astimezone())
+    overlay = target / "overlay.png"
+    overlay_png(volume, findings, overlay)
+    files = [str(path.relative_to(out)) for path in (*(one.path for one in made), overlay)]
+    return Analysed(summary(findings, volume), files)

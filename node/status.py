@@ -1,0 +1,201 @@
+"""What the ledger knows, for people: all series as a table, one series as a timeline."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+from sqlalchemy import select
+from sqlalchemy.orm import selectinload
+
+from node.ledger import Analysis, Delivery, Ledger, Object, Series
+
+#: Colours of states; each state is also told by its word.
+STYLE = {
+    "delivered": "green",
+    "kept": "dim",
+    "waiting": "yellow",
+    "running": "cyan",
+    "delivering": "cyan",
+    "not analysed": "yellow",
+    "failed": "bold red",
+    "refused": "bold red",
+}
+
+
+def all_series(ledger: Ledger) -> list[Series]:
+    """Every generation of every series, newest first, with its events, analyses, objects and deliveries."""
+    whole = selectinload(Series.analyses).selectinload(Analysis.objects).selectinload(Object.deliveries)
+    with ledger() as session:
+        query = select(Series).options(whole, selectinload(Series.events)).order_by(Series.id.desc())
+        return list(session.scalars(query))
+
+
+def find(ledger: Ledger, name: str) -> Series | None:
+    """The newest series whose row number or series instance UID is `name`."""
+    return next((one for one in all_series(ledger) if name in (str(one.id), one.series_instance_uid)), None)
+
+
+def state(series: Series) -> str:
+    """One word or two for where a series stands."""
+    if not series.analyses:
+        return "kept"
+    states = {analysis.state for analysis in series.analyses}
+    sent = {delivery.state for delivery in deliveries(series)}
+    for word in ("failed", "running"):
+        if word in states:
+            return word
+    if "waiting" in states:
+        return "waiting"
+    if sent & {"failed", "refused"}:
+        return "failed" if "failed" in sent else "refused"
+    if sent & {"waiting", "running"}:
+        return "delivering"
+    return "not analysed" if "refused" in states else "delivered"
+
+
+def table(series: list[Series]) -> Table:
+    """All series, one a row."""
+    made = Table(box=None, header_style="bold", pad_edge=False)
+    for name, options in (
+        ("#", {"justify": "right"}),
+        ("received", {}),
+        ("from", {}),
+        ("slices", {"justify": "right"}),
+        ("state", {}),
+        ("objects", {"justify": "right"}),
+        ("what", {"overflow": "fold", "ratio": 1}),
+    ):
+        made.add_column(name, **options)
+    for one in series:
+        word, owed = state(one), deliveries(one)
+        done = sum(delivery.state == "done" for delivery in owed)
+        made.add_row(
+            str(one.id),
+            _time(one.closed_at, "%d %b %H:%M"),
+            one.calling_ae,
+            str(len(one.instances)),
+            Text(word, style=STYLE[word]),
+            f"{done}/{len(owed)}" if owed else "",
+            _what(one),
+        )
+    return made
+
+
+def timeline(series: Series) -> Table:
+    """Everything that happened to one series, and what is still owed."""
+    made = Table(
+        box=None, show_header=False, pad_edge=False, title_justify="left", title=f"series {series.series_instance_uid}"
+    )
+    made.add_column(justify="right", style="dim")
+    made.add_column(style="bold")
+    made.add_column(overflow="fold", ratio=1)
+    events = series.events
+    start = events[0].at if events else series.closed_at
+    for event in events:
+        made.add_row(f"{_time(event.at, '%H:%M:%S')}  +{event.at - start:.1f} s", event.stage, event.text)
+    for analysis in series.analyses:
+        if analysis.state in ("waiting", "running"):
+            made.add_row("now", "analysis", _owed(analysis))
+    for delivery in deliveries(series):
+        if delivery.state in ("waiting", "running", "failed"):
+            made.add_row("now", "delivery", f"{delivery.object.kind} to {delivery.peer}: {_owed(delivery)}")
+    return made
+
+
+def findings(summary: dict[str, Any]) -> Table:
+    """The findings of one analysis (`node.analysis.summary.summary`), for a terminal."""
+    lungs, scan = summary["lungs"], summary["scan"]
+    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
+    for name in ("", "volume", "infected", "share", "mean HU"):
+        made.add_column(name, justify="left" if not name else "right")
+    for name, label in (("right", "right lung"), ("left", "left lung"), ("both", "both lungs")):
+        region = lungs[name]
+        made.add_row(
+            label,
+            f"{region['volume_ml']:,.0f} ml",
+            f"{region['infected_ml']:,.1f} ml",
+            f"{region['infected_share']:.1%}",
+            "" if region["mean_hu"] is None else f"{region['mean_hu']:.0f}",
+        )
+    run, boxes, noisy_or = scan["consecutive"], scan["intensity"], scan["noisy_or"]
+    verdict = "positive" if run["positive"] else "negative"
+    lines = [
+        ("consecutive slices", f"{run['longest_run']} ({run['longest_run_mm']:.0f} mm) → {verdict}"),
+        ("intensity", f"{boxes['ratio']:.2f} → {boxes['grade']}"),
+        ("Noisy-OR", f"{noisy_or['probability']:.3f} over {noisy_or['lesions']} lesions"),
+        ("open-lung slices", f"{len(scan['open_lung']['kept'])} of {len(scan['open_lung']['dark_pixels'])}"),
+        ("models", ", ".join(f"{model['name']} {model['version']}" for model in summary["models"])),
+        *(("note", note) for note in summary["notes"]),
+    ]
+    rules = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
+    for name, text in lines:
+        rules.add_row(name, text)
+    whole = Table.grid()
+    for part in (made, Text(), rules, Text("research use; not for primary diagnosis", style="dim")):
+        whole.add_row(part)
+    return whole
+
+
+def as_json(series: list[Series]) -> list[dict[str, Any]]:
+    """All series, with their events, as plain data."""
+    return [
+        {
+            "id": one.id,
+            "series_instance_uid": one.series_instance_uid,
+            "study_instance_uid": one.study_instance_uid,
+            "generation": one.generation,
+            "calling_ae": one.calling_ae,
+            "instances": len(one.instances),
+            "complete": one.complete,
+            "closed_because": one.closed_because,
+            "verdict": one.verdict,
+            "closed_at": one.closed_at,
+            "state": state(one),
+            "events": [{"at": event.at, "stage": event.stage, "text": event.text} for event in one.events],
+            "analyses": [
+                {
+                    "route": analysis.route,
+                    "state": analysis.state,
+                    "attempts": analysis.attempts,
+                    "reason": analysis.reason,
+                    "summary": analysis.summary,
+                    "objects": [
+                        {
+                            "kind": made.kind,
+                            "sop_instance_uid": made.sop_instance_uid,
+                            "deliveries": {d.peer: {"state": d.state, "reason": d.reason} for d in made.deliveries},
+                        }
+                        for made in analysis.objects
+                    ],
+                }
+                for analysis in one.analyses
+            ],
+        }
+        for one in series
+    ]
+
+
+def deliveries(series: Series) -> list[Delivery]:
+    """All that is or was owed to peers for a series."""
+    return [d for analysis in series.analyses for made in analysis.objects for d in made.deliveries]
+
+
+def _what(series: Series) -> str:
+    """The most telling line: what failed, else what was found, else what was decided."""
+    for work in (*deliveries(series), *series.analyses):
+        if work.state in ("failed", "refused") or (work.state == "waiting" and work.reason):
+            return work.reason
+    return series.analyses[0].reason or series.verdict if series.analyses else series.verdict
+
+
+def _owed(work: Analysis | Delivery) -> str:
+    if work.state == "waiting" and work.attempts:
+        return f"tried {work.attempts} times, next at {_time(work.due_at, '%H:%M:%S')}: {work.reason}"
+    return {"waiting": "waiting for a worker", "running": "under way"}.get(work.state, work.reason)
+
+
+def _time(at: float, form: str) -> str:
+    return datetime.fromtimestamp(at).strftime(form)

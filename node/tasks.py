@@ -1,0 +1,391 @@
+"""Where the stages meet: the Celery app, its tasks, and what happens when a series is closed.
+
+A task carries the id of a row in the ledger and is only a bell: it claims the row by a lease, does one stage's work,
+and writes the outcome in one transaction. A bell that is lost is rung again by the sweep.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import structlog
+from celery import Celery, signals
+from kombu.exceptions import OperationalError
+from models.inference import Segmenter
+from pydicom import dcmread
+from sqlalchemy import select
+
+from models.registry import load_bundle
+from node import results
+from node.analysis import pipeline
+from node.analysis.findings import Findings
+from node.analysis.summary import summary
+from node.analysis.volume import VolumeError
+from node.config import Settings, load
+from node.delivery.peer import PeerError
+from node.delivery.push import push
+from node.intake.assembly import Assembly, AssociationId, ClosedSeries
+from node.intake.listener import Listener, ListenerOptions
+from node.intake.spool import Spool
+from node.intake.triage import triage
+from node.ledger import Analysis, Delivery, Ledger, Object, Series, State, Work
+from node.telemetry import logs
+
+log = structlog.get_logger(__name__)
+
+#: Seconds between two looks at what the ledger still owes.
+SWEEP_S = 2.0
+
+#: Bells in a queue above which the sweep adds none: they would only pile up.
+FULL_QUEUE = 100
+
+app = Celery("lungnode")
+app.conf.update(
+    task_ignore_result=True,
+    task_serializer="json",
+    accept_content=["json"],
+    task_publish_retry=False,
+    task_create_missing_queues=True,
+    task_routes={"analyse": "analyse", "deliver": "deliver"},
+    worker_prefetch_multiplier=1,
+    worker_hijack_root_logger=False,
+    broker_connection_retry_on_startup=True,
+    broker_transport_options={"socket_connect_timeout": 2, "socket_timeout": 30},
+)
+
+
+@dataclass(frozen=True)
+class Node:
+    """The settings of this installation and the places where its things lie."""
+
+    settings: Settings
+    ledger: Ledger
+
+    @classmethod
+    def open(cls, settings: Settings) -> Node:
+        """Make the folders and the ledger's tables where they are missing."""
+        for folder in ("spool", "results"):
+            (settings.data / folder).mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{settings.data / 'ledger.sqlite'}" if settings.ledger == "sqlite" else settings.ledger
+        ledger = Ledger(url)
+        ledger.migrate()
+        return cls(settings, ledger)
+
+    @property
+    def spool(self) -> Path:
+        """Folder of received instances."""
+        return self.settings.data / "spool"
+
+    @property
+    def results(self) -> Path:
+        """Folder of the objects that analyses made."""
+        return self.settings.data / "results"
+
+
+@cache
+def node() -> Node:
+    """This process's node, by the settings that `LUNGNODE_CONFIG` names."""
+    return Node.open(load())
+
+
+@cache
+def segmenter(device: str) -> Segmenter:
+    """The networks of the pneumonia analysis, loaded once in a process."""
+    chosen = None if device == "auto" else device
+    return Segmenter(load_bundle("lungs"), load_bundle("infection"), chosen)
+
+
+def series_closed(here: Node, closed: ClosedSeries) -> None:
+    """Triage a series that intake closed, and write down what is owed for it."""
+    verdict = triage(closed)
+    header = dcmread(closed.paths[0], stop_before_pixels=True)
+    names = here.settings.peer_names(closed.calling_ae)
+    route = next((route for route in here.settings.routes if route.takes(names, header)), None)
+    not_analysed = None
+    if route is None:
+        decision = "no route takes it"
+    elif verdict.analyse:
+        decision = f"route '{route.name}': {verdict.reason}"
+    else:
+        decision = verdict.reason
+        not_analysed = verdict.reason if verdict.tell and route.tell_not_analysed else None
+    owed = route is not None and (verdict.analyse or not_analysed is not None)
+    with here.ledger() as session:
+        series = here.ledger.add_series(
+            session,
+            closed.series_instance_uid,
+            closed.study_instance_uid,
+            [header.sop_instance_uid for header in closed.instances],
+            calling_ae=closed.calling_ae,
+            instances=[str(path.relative_to(here.spool)) for path in closed.paths],
+            complete=closed.complete,
+            closed_because=closed.reason,
+            verdict=decision,
+        )
+        if series is None:
+            log.info("received again, unchanged", series=closed.series_instance_uid)
+            return
+        here.ledger.tell(session, series.id, "received", f"{len(closed.paths)} instances: {closed.reason}")
+        here.ledger.tell(session, series.id, "triage", decision)
+        if route is not None and owed:
+            destinations = {peer: list(kinds) for peer, kinds in route.to.items()}
+            series.analyses.append(Analysis(route=route.name, destinations=destinations, not_analysed=not_analysed))
+        session.flush()
+        bells: list[tuple[Work, int]] = [("analyse", analysis.id) for analysis in series.analyses]
+    log.info("series closed", series=closed.series_instance_uid, because=closed.reason, decision=decision)
+    ring(bells)
+
+
+def intake(here: Node) -> Listener:
+    """The listener of this installation, ready to start, with what was open when the last one ended."""
+    me = here.settings.listener
+    spool = Spool(here.spool, me.disk_floor_mb << 20)
+    assembly = Assembly(
+        lambda closed: series_closed(here, closed),
+        me.quiet_period_s,
+        recall=lambda study, series: ((one.header, one.path) for one in spool.series(study, series)),
+    )
+    for study, series in spool.series_uids():
+        if not _closed_before(here, series, {path.name for path in (here.spool / study / series).glob("*.dcm")}):
+            found = spool.series(study, series)
+            for one in found[:1]:
+                sender = AssociationId(0, one.calling_ae, one.called_ae)
+                assembly.restore(sender, ((one.header, one.path) for one in found))
+                log.info("open before the restart", series=series, instances=len(found))
+    senders = {peer.ae_title for peer in here.settings.peers_that_may("send").values()}
+    options = ListenerOptions(
+        ae_title=me.ae_title,
+        host=me.host,
+        port=me.port,
+        known_peers=None if me.accept == "any" else frozenset(senders),
+        max_associations=me.max_associations,
+    )
+    return Listener(options, spool, assembly)
+
+
+@app.task(name="analyse")  # type: ignore[untyped-decorator]
+def analyse(row: int) -> None:
+    """Analyse a series, make its objects, and owe them to the peers of its route."""
+    here = node()
+    with here.ledger.lease("analyse", row) as lease:
+        if lease is None:
+            return
+        work = _begin(here, row)
+        made = _make(here, work)
+        with lease.finish(made.state, made.reason) as session:
+            analysis = session.get_one(Analysis, row)
+            analysis.summary = made.summary
+            known = {one.sop_instance_uid for one in analysis.objects}  # from before a retry by hand
+            new = [one for one in made.objects if one.sop_instance_uid not in known]
+            analysis.objects += [_as_row(here, one, analysis.destinations) for one in new]
+            here.ledger.tell(session, analysis.series_id, "analysis", made.reason)
+            session.flush()
+            bells: list[tuple[Work, int]] = [("deliver", d.id) for one in analysis.objects for d in one.deliveries]
+        log.info("analysed", series=work.series_uid, outcome=made.reason)
+    ring(bells)
+
+
+@app.task(name="deliver")  # type: ignore[untyped-decorator]
+def deliver(row: int) -> None:
+    """Send one object to one peer."""
+    here = node()
+    with here.ledger.lease("deliver", row) as lease:
+        if lease is None:
+            return
+        with here.ledger() as session:
+            delivery = session.get_one(Delivery, row)
+            path, kind, name = here.results / delivery.object.path, delivery.object.kind, delivery.peer
+            series_id = delivery.object.analysis.series_id
+        peer = here.settings.peers.get(name)
+        try:
+            if peer is None:
+                raise PeerError("the settings name no such peer", permanent=True)
+            warning = push(path, peer, here.settings.listener.ae_title)
+        except PeerError as error:
+            if not error.permanent:
+                log.warning("not delivered, will try again", kind=kind, peer=name, because=str(error))
+                lease.put_back(str(error))
+                return
+            state, outcome = "refused", f"{kind} refused by {name}: {error}"
+        else:
+            state, outcome = "done", f"{kind} delivered to {name}" + (f" ({warning})" if warning else "")
+        with lease.finish("done" if state == "done" else "refused", outcome) as session:
+            here.ledger.tell(session, series_id, "delivery", outcome)
+        log.info("delivery", outcome=outcome)
+
+
+def ring(bells: Iterable[tuple[Work, int]]) -> None:
+    """Tell the workers of work; without a broker it is left to the sweep."""
+    try:
+        for work, row in bells:
+            app.send_task(work, (row,))
+    except OperationalError:
+        log.warning("the broker does not answer; the sweep will ring again")
+
+
+def sweep(here: Node) -> None:
+    """Ring again for what the ledger owes and nobody works on; harmless in any number of processes."""
+    try:
+        with app.connection_for_write(connect_timeout=2) as connection:
+            waiting = max(_length(connection, work) for work in ("analyse", "deliver"))
+    except OperationalError:
+        log.warning("the broker does not answer; nothing is lost, work goes on when it is back")
+        return
+    if waiting < FULL_QUEUE:
+        ring(here.ledger.owed())
+
+
+class Sweeper(threading.Thread):
+    """Sweeps every few seconds until stopped."""
+
+    def __init__(self, here: Node) -> None:
+        super().__init__(name="sweeper", daemon=True)
+        self._here = here
+        self._stop_asked = threading.Event()
+
+    def run(self) -> None:
+        """Sweep; an error is told and the next sweep goes on."""
+        while not self._stop_asked.wait(SWEEP_S):
+            try:
+                sweep(self._here)
+            except Exception as error:
+                log.error("sweep failed", error=logs.plainly(error))
+
+    def stop(self) -> None:
+        """Stop after the sweep that is under way."""
+        self._stop_asked.set()
+        self.join()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What an analysis needs of its rows."""
+
+    series_id: int
+    series_uid: str
+    paths: list[Path]
+    folder: Path
+    kinds: list[str]
+    not_analysed: str | None
+    content_at: datetime
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What an analysis came to."""
+
+    state: State
+    reason: str
+    objects: list[results.ResultObject]
+    summary: dict[str, Any] | None = None
+
+
+def _closed_before(here: Node, series_uid: str, files: set[str]) -> bool:
+    """Whether the ledger has a generation of the series with just these files."""
+    with here.ledger() as session:
+        generations = session.scalars(select(Series).where(Series.series_instance_uid == series_uid))
+        return any({Path(name).name for name in series.instances} == files for series in generations)
+
+
+def _begin(here: Node, row: int) -> _Work:
+    with here.ledger() as session:
+        analysis = session.get_one(Analysis, row)
+        series: Series = analysis.series
+        now = datetime.now(UTC).astimezone()
+        if analysis.content_at is None:
+            analysis.content_at = now.timestamp()
+        again = f", attempt {analysis.attempts}" if analysis.attempts > 1 else ""
+        here.ledger.tell(session, series.id, "analysis", f"started{again}")
+        return _Work(
+            series.id,
+            series.series_instance_uid,
+            [here.spool / name for name in series.instances],
+            here.results / series.series_instance_uid / f"{series.generation}-{analysis.id}",
+            sorted({kind for kinds in analysis.destinations.values() for kind in kinds}),
+            analysis.not_analysed,
+            datetime.fromtimestamp(analysis.content_at, now.tzinfo),
+        )
+
+
+def _make(here: Node, work: _Work) -> _Made:
+    """Analyse and build; a series that cannot be analysed gets the objects that say so."""
+    work.folder.mkdir(parents=True, exist_ok=True)
+    if work.not_analysed is not None:
+        return _not_analysed(work, work.not_analysed)
+    try:
+        volume, findings = pipeline.analyse(work.paths, segmenter(here.settings.worker.device), _told(here, work))
+    except VolumeError as refusal:
+        return _not_analysed(work, str(refusal))
+    made = results.build(volume, findings, None, work.folder, work.kinds, content_datetime=work.content_at)
+    return _Made("done", outcome(findings), made, summary(findings, volume))
+
+
+def _told(here: Node, work: _Work) -> Callable[[str, float], None]:
+    """A progress callback that writes an event line whenever a new stage begins."""
+    told: set[str] = set()
+
+    def progress(stage: str, _done: float) -> None:
+        if stage not in told:
+            told.add(stage)
+            with here.ledger() as session:
+                here.ledger.tell(session, work.series_id, "analysis", stage)
+
+    return progress
+
+
+def _not_analysed(work: _Work, reason: str) -> _Made:
+    headers = [dcmread(path, stop_before_pixels=True) for path in work.paths]
+    made = results.not_analysed(headers, reason, work.folder, work.kinds, content_datetime=work.content_at)
+    return _Made("refused", f"not analysed: {reason}", made)
+
+
+def outcome(findings: Findings) -> str:
+    """The findings in one line."""
+    share, scan = findings.both.infected_share, findings.scan
+    if not findings.lesion_list:
+        return f"lungs {findings.both.volume_ml:.0f} ml, no infection found"
+    return (
+        f"lungs {findings.both.volume_ml:.0f} ml, infected {findings.both.infected_ml:.0f} ml ({share:.1%}), "
+        f"longest run {scan.consecutive.longest_run} slices, {scan.intensity.grade}"
+    )
+
+
+def _as_row(here: Node, made: results.ResultObject, destinations: dict[str, list[str]]) -> Object:
+    return Object(
+        kind=made.kind,
+        sop_class_uid=made.sop_class_uid,
+        sop_instance_uid=made.sop_instance_uid,
+        series_instance_uid=made.series_instance_uid,
+        path=str(made.path.relative_to(here.results)),
+        deliveries=[Delivery(peer=peer) for peer, kinds in destinations.items() if made.kind in kinds],
+    )
+
+
+def _length(connection: Any, queue: str) -> int:
+    """Bells waiting in a queue; 0 for a queue that does not exist yet."""
+    channel = connection.default_channel
+    return int(channel.client.llen(queue))
+
+
+@signals.setup_logging.connect  # type: ignore[untyped-decorator]
+def _log_our_way(**_: Any) -> None:
+    logs.configure()
+
+
+@signals.worker_ready.connect  # type: ignore[untyped-decorator]
+def _sweep_in_worker(**_: Any) -> None:
+    Sweeper(node()).start()
+
+
+@signals.worker_process_init.connect  # type: ignore[untyped-decorator]
+def _child_opens_its_own(**_: Any) -> None:
+    node.cache_clear()
+    # Torch's threads spin between operations unless told otherwise, and take the other worker's core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,0 +1,65 @@
+"""Documentation that drifts from the code fails here."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+
+import typer.main
+from conftest import REPOSITORY
+from typer.core import TyperGroup
+
+from node import __version__
+from node.cli import app
+from node.status import STYLE
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def commands() -> dict[str, str]:
+    found: dict[str, str] = {}
+
+    def walk(group: TyperGroup, prefix: str) -> None:
+        for name, command in group.commands.items():
+            if isinstance(command, TyperGroup):
+                walk(command, f"{prefix} {name}")
+            else:
+                found[f"{prefix} {name}"] = command.help or ""
+                for parameter in command.params:
+                    assert getattr(parameter, "help", ""), f"{prefix} {name}: {parameter.name} has no help"
+
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    walk(group, "lungnode")
+    return found
+
+
+def test_every_command_has_help_and_stands_in_the_readme_and_no_other_does() -> None:
+    in_code = commands()
+    assert all(in_code.values())
+    in_readme = {match.strip() for match in re.findall(r"^\| `(lungnode(?: [a-z]+)+)", README, re.MULTILINE)}
+    assert in_readme == set(in_code)
+
+
+def test_links_lead_somewhere() -> None:
+    for document in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("models/**/*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_states_of_the_operation_guide_are_those_of_the_code() -> None:
+    guide = (REPOSITORY / "docs" / "operation.md").read_text().split("## States")[1].split("##")[0]
+    assert set(re.findall(r"^\| (\w[\w ]*?) \|", guide, re.MULTILINE)) - {"state"} == set(STYLE)
+
+
+def test_one_version_everywhere() -> None:
+    assert tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"] == __version__
+
+
+def test_constraints_name_no_registry_and_pin_all_direct_dependencies() -> None:
+    text = (REPOSITORY / "constraints.txt").read_text()
+    assert "://" not in text
+    pinned = {line.split("==")[0].lower() for line in text.splitlines() if "==" in line}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    assert {re.split(r"[><=;\[ ]", one)[0].lower() for one in wanted} <= pinned

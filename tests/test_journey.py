@@ -1,0 +1,199 @@
+"""The whole path with real peers: DCMTK sends a CT to lungnode, the results arrive in Orthanc and are read back."""
+
+from __future__ import annotations
+
+import email
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import SimpleITK
+from conftest import Orthanc, RunningNode, running_node, tool, wait_for
+from pydicom import Dataset, dcmread
+
+from models.training.phantom import phantom
+from node.phantom import write_series
+
+pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
+
+KINDS = ["infection-seg", "lung-seg", "sr", "capture"]
+
+
+def settings(orthanc: Orthanc) -> dict[str, Any]:
+    peers = {
+        "pacs": {"ae_title": orthanc.ae_title, "host": "127.0.0.1", "port": orthanc.port, "may": ["receive"]},
+        "scanner": {"ae_title": "STORESCU", "host": "127.0.0.1", "port": 104, "may": ["send"]},
+    }
+    return {"peers": peers, "routes": [{"name": "chest", "from": ["scanner"], "to": {"pacs": KINDS}}]}
+
+
+@pytest.fixture
+def node(tmp_path: Path, orthanc: Orthanc) -> Iterator[RunningNode]:
+    with running_node(tmp_path / "node", settings(orthanc)) as running:
+        yield running
+
+
+def storescu(folder: Path, node: RunningNode, *options: str) -> None:
+    arguments = [*options, "--scan-directories", "--recurse", "-aec", node.ae_title, "-aet", "STORESCU"]
+    done = subprocess.run(
+        [tool("storescu"), *arguments, "127.0.0.1", str(node.port), folder],
+        env={**os.environ, "TCP_NODELAY": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def wait_until_finished(node: RunningNode, series: int = 1, seconds: float = 300) -> list[dict[str, Any]]:
+    def finished() -> bool:
+        states = [one["state"] for one in node.status()]
+        assert "failed" not in states, node.log.read_text()
+        return len(states) >= series and not set(states) & {"waiting", "running", "delivering"}
+
+    wait_for(finished, seconds, f"the node to finish; its log:\n{node.log.read_text()[-3000:]}")
+    return node.status()
+
+
+def fetch(orthanc: Orthanc, study: str) -> list[Dataset]:
+    """All instances of a study over DICOMweb (WADO-RS, PS3.18 10.4)."""
+    answer = httpx.get(
+        f"{orthanc.http}/dicom-web/studies/{study}",
+        headers={"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'},
+        timeout=60,
+    )
+    answer.raise_for_status()
+    head = f"Content-Type: {answer.headers['Content-Type']}\r\n\r\n".encode()
+    parts = email.message_from_bytes(head + answer.content).get_payload()
+    return [dcmread(BytesIO(part.get_payload(decode=True))) for part in parts]  # type: ignore[union-attr]
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.data
+def test_covid_case_from_storescu_to_orthanc(
+    data_dir: Path, node: RunningNode, orthanc: Orthanc, tmp_path: Path
+) -> None:
+    case = data_dir / "ct-series" / "covid-ct-md" / "P001"
+    source = [dcmread(path, stop_before_pixels=True) for path in sorted(case.glob("*.dcm"))]
+    storescu(case, node, "--propose-lossless")
+    (series,) = wait_until_finished(node)
+    assert series["complete"], series["closed_because"]
+    assert series["state"] == "delivered"
+
+    objects = fetch(orthanc, source[0].StudyInstanceUID)
+    assert sorted(one.Modality for one in objects) == ["OT", "SEG", "SEG", "SR"]
+    for one in objects:
+        assert one.PatientID == source[0].PatientID
+        assert one.StudyInstanceUID == source[0].StudyInstanceUID
+        assert one.SeriesInstanceUID != source[0].SeriesInstanceUID
+        assert one.ContributingEquipmentSequence[0].PurposeOfReferenceCodeSequence[0].CodeValue == "109102"
+    assert len({one.SeriesInstanceUID for one in objects}) == 4
+
+    files = {}
+    for one in objects:
+        name = (
+            one.Modality
+            if one.Modality != "SEG"
+            else one.SegmentSequence[0].SegmentedPropertyTypeCodeSequence[0].CodeMeaning
+        )
+        files[name] = tmp_path / f"{len(files)}.dcm"
+        one.save_as(files[name], enforce_file_format=True)
+        assert "Error" not in run(tool("dciodvfy"), files[name])
+    assert "Finding" in run(tool("dsrdump"), files["SR"])
+
+    summary = series["analyses"][0]["summary"]
+    voxel_ml = abs(float(SimpleITK.Image(1, 1, 1, SimpleITK.sitkUInt8).GetSpacing()[0])) and _voxel_ml(source)
+    lungs, infection = (
+        next(path for path in files.values() if _labels(path) & wanted)
+        for wanted in ({"Right lung", "Left lung"}, {"Infection, right lung", "Infection, left lung"})
+    )
+    measured = {name: _segment_ml(path, tmp_path / name, voxel_ml) for name, path in (("l", lungs), ("i", infection))}
+    assert measured["l"] == pytest.approx(summary["lungs"]["both"]["volume_ml"], rel=1e-6)
+    assert measured["i"] == pytest.approx(summary["lungs"]["both"]["infected_ml"], rel=1e-6)
+    report = tmp_path / "report.json"
+    run(_dcmqi("tid1500reader"), "--inputDICOM", files["SR"], "--outputMetadata", report)
+    groups = json.loads(report.read_text())["Measurements"]
+    assert len(groups) >= 3
+
+    storescu(case, node, "--propose-lossless")
+    wait_for(lambda: "received again" in node.log.read_text() or True, 1, "the second sending")
+    assert [one["generation"] for one in wait_until_finished(node)] == [1]
+    assert orthanc.get("/statistics").json()["CountInstances"] == 4
+
+
+def test_phantom_reaches_orthanc_and_the_terminal_tells(node: RunningNode, orthanc: Orthanc, tmp_path: Path) -> None:
+    write_series(phantom(3, severity=2), tmp_path / "ct", 3)
+    storescu(tmp_path / "ct", node)
+    wait_until_finished(node)
+    assert orthanc.get("/statistics").json()["CountInstances"] == 4
+    table = node.command("status").stdout
+    assert "delivered" in table
+    assert "4/4" in table
+    timeline = node.command("status", "1").stdout
+    for stage in ("received", "triage", "analysis", "delivery"):
+        assert stage in timeline
+    assert node.command("echo", "pacs").returncode == 0
+
+
+def test_dead_pacs_owes_and_retry_delivers(tmp_path: Path, orthanc: Orthanc) -> None:
+    wrong = settings(orthanc)
+    alive, wrong["peers"]["pacs"]["port"] = wrong["peers"]["pacs"]["port"], 1
+    write_series(phantom(3, severity=2), tmp_path / "ct", 3)
+    with running_node(tmp_path / "node", wrong) as node:
+        storescu(tmp_path / "ct", node)
+        wait_for(lambda: "no connection to ORTHANC" in node.command("status", "1").stdout, 120, "the refusal")
+        assert node.status()[0]["state"] == "delivering"
+        assert node.command("echo", "pacs").returncode == 1
+    wrong["peers"]["pacs"]["port"] = alive
+    with running_node(tmp_path / "node", wrong) as node:
+        assert "owed again" in node.command("retry", "1").stdout
+        wait_until_finished(node)
+        assert orthanc.get("/statistics").json()["CountInstances"] == 4
+
+
+def test_series_that_cannot_be_analysed_is_told_in_its_study(
+    node: RunningNode, orthanc: Orthanc, tmp_path: Path
+) -> None:
+    paths = write_series(phantom(3, severity=0), tmp_path / "ct", 3)
+    paths[len(paths) // 2].unlink()
+    storescu(tmp_path / "ct", node)
+    (series,) = wait_until_finished(node)
+    assert series["state"] == "not analysed"
+    assert "gap at z" in series["verdict"]
+    told = fetch(orthanc, dcmread(paths[0]).StudyInstanceUID)
+    assert {one.Modality for one in told} <= {"SR", "OT"}
+    assert told
+
+
+def _voxel_ml(source: list[Dataset]) -> float:
+    z = sorted(float(one.ImagePositionPatient[2]) for one in source)
+    row, column = source[0].PixelSpacing
+    return float((z[-1] - z[0]) / (len(z) - 1) * row * column / 1000)
+
+
+def _labels(path: Path) -> set[str]:
+    ds = dcmread(path, stop_before_pixels=True)
+    return {segment.SegmentLabel for segment in ds.get("SegmentSequence", [])}
+
+
+def _dcmqi(name: str) -> str:
+    return tool(name)
+
+
+def _segment_ml(seg: Path, folder: Path, voxel_ml: float) -> float:
+    """Volume of all segments as dcmqi reads them."""
+    folder.mkdir()
+    run(_dcmqi("segimage2itkimage"), "--inputDICOM", seg, "--outputDirectory", folder, "--outputType", "nrrd")
+    images = [SimpleITK.ReadImage(path) for path in folder.glob("*.nrrd")]
+    return sum(int((SimpleITK.GetArrayFromImage(image) > 0).sum()) for image in images) * voxel_ml
