@@ -1,0 +1,192 @@
+"""Slices and projections as pictures for a reader: patient's right at the left, front up, head up, true to scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from node.analysis.findings import Findings
+from node.analysis.orientation import Orientation
+from node.analysis.volume import Volume
+from node.results.typesetting import DIM, TEXT, write
+
+#: Colours, of the palette of Okabe and Ito: orange and sky blue differ for every kind of colour vision, and in
+#: brightness, so that they differ on a grey monitor too.
+INFECTION = (240, 150, 0)
+LUNG = (86, 180, 233)
+
+#: Lung window: centre and width, HU.
+LUNG_WINDOW = (-600.0, 1500.0)
+
+#: mm kept around the lungs in a picture, so that chest wall and mediastinum stay in view.
+MARGIN_MM = 25.0
+
+#: Part of the colour in a tint; the grey shines through.
+_TINT = 0.32
+
+
+@dataclass(frozen=True)
+class PatientView:
+    """Volume and masks with axes from feet to head, front to back, patient's right to left."""
+
+    hu: NDArray[np.int16]
+    lungs: NDArray[np.uint8]
+    infection: NDArray[np.bool_]
+    #: mm between planes along the three axes.
+    spacing: tuple[float, float, float]
+    #: z of the middle of every axial plane, mm, LPS.
+    heights: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, volume: Volume, findings: Findings) -> PatientView:
+        """Views, not copies, of the volume and its findings."""
+        orientation = Orientation.of(volume.affine)
+        shape = np.array(volume.hu.shape)
+        axis = orientation.axes[0]
+        middle = np.repeat((shape - 1)[None] / 2, shape[axis], axis=0)
+        middle[:, axis] = np.arange(shape[axis])
+        heights = middle[:, ::-1] @ volume.affine[2, :3] + volume.affine[2, 3]
+        return cls(
+            hu=orientation.canonical(volume.hu),
+            lungs=orientation.canonical(findings.lungs),
+            infection=orientation.canonical(findings.lesions) > 0,
+            spacing=orientation.spacing(volume.spacing),
+            heights=heights[::-1] if 0 in orientation.reversed_axes else heights,
+        )
+
+    @cached_property
+    def box(self) -> tuple[slice, slice, slice]:
+        """Index box of the lungs with a margin; the whole volume where there are none."""
+        ranges = []
+        for axis in range(3):
+            hit = np.flatnonzero(self.lungs.any(axis=tuple(other for other in range(3) if other != axis)))
+            size, margin = self.lungs.shape[axis], round(MARGIN_MM / self.spacing[axis])
+            ranges.append(slice(max(0, hit[0] - margin), min(size, hit[-1] + 1 + margin)) if hit.size else slice(size))
+        return ranges[0], ranges[1], ranges[2]
+
+    @cached_property
+    def lung_planes(self) -> NDArray[np.intp]:
+        """Axial planes that show lung, from the feet up; all planes where there is no lung."""
+        planes = np.flatnonzero(self.lungs.any(axis=(1, 2)))
+        return planes if planes.size else np.arange(len(self.lungs))
+
+    @cached_property
+    def infected_area(self) -> NDArray[np.intp]:
+        """Infected pixels on each axial plane."""
+        area: NDArray[np.intp] = np.count_nonzero(self.infection, axis=(1, 2))
+        return area
+
+
+def axial(view: PatientView, plane: int, width: int, height: int) -> Image.Image:
+    """Axial plane in the lung window: infection tinted and outlined, lungs outlined; exactly `width` by `height`."""
+    rows, columns = view.box[1:]
+    frame = _Frame(view.spacing[1:], (rows.stop - rows.start, columns.stop - columns.start), width, height)
+    centre, span = LUNG_WINDOW
+    grey = (view.hu[plane, rows, columns] - (centre - span / 2)) / span
+    picture = frame.grey(grey)
+    lungs = [frame.mask(view.lungs[plane, rows, columns] == side) for side in (1, 2)]
+    infection = frame.mask(view.infection[plane, rows, columns])
+    picture = _paint(picture, infection, INFECTION, _TINT)
+    for lung in lungs:
+        picture = _paint(picture, _edge(lung, 1), LUNG, 0.85)
+    picture = _paint(picture, _edge(infection, 2), INFECTION, 1.0)
+    image = frame.on_black(picture)
+    return _mark(image, frame, ("A", "P", "R", "L"))
+
+
+def coronal_projection(view: PatientView, width: int, height: int) -> Image.Image:
+    """The chest from the front: mean attenuation as grey, thickness of infection as tint."""
+    planes, rows, columns = view.box
+    frame = _Frame(
+        (view.spacing[0], view.spacing[2]),
+        (planes.stop - planes.start, columns.stop - columns.start),
+        width,
+        height,
+    )
+    # Head up: the first row of a picture is the highest plane.
+    hu = view.hu[planes, rows, columns][::-1]
+    grey = np.clip(hu, -1000, 300).mean(axis=1, dtype=np.float32)
+    low, high = np.percentile(grey, (1, 99))
+    picture = frame.grey((grey - low) / max(float(high - low), 1.0) * 0.85)
+    thickness = view.infection[planes, rows, columns][::-1].sum(axis=1) * view.spacing[1]
+    # 5 mm is seen, 60 mm and more is full.
+    strength = np.where(thickness > 0, np.clip(0.25 + thickness / 80, 0, 1), 0)
+    picture = _paint(picture, frame.smooth(strength), INFECTION, 1.0)
+    for side in (1, 2):
+        lung = frame.mask((view.lungs[planes, rows, columns][::-1] == side).any(axis=1))
+        picture = _paint(picture, _edge(lung, 1), LUNG, 0.85)
+    return _mark(frame.on_black(picture), frame, ("H", "F", "R", "L"))
+
+
+class _Frame:
+    """Where and how large a plane is drawn in a rectangle: true to scale, centred."""
+
+    def __init__(self, spacing: tuple[float, ...], shape: tuple[int, int], width: int, height: int) -> None:
+        extent = shape[0] * spacing[0], shape[1] * spacing[1]
+        #: Pixels of the picture per mm.
+        self.scale = min(height / extent[0], width / extent[1])
+        self.size = max(1, round(extent[1] * self.scale)), max(1, round(extent[0] * self.scale))
+        self.canvas = width, height
+        self.corner = (width - self.size[0]) // 2, (height - self.size[1]) // 2
+
+    def grey(self, plane: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Plane of 0 to 1 as RGB 0 to 255, resampled."""
+        levels = Image.fromarray((np.clip(plane, 0, 1) * 255).astype(np.uint8))
+        resized = np.asarray(levels.resize(self.size, Image.Resampling.BICUBIC), np.float32)
+        return np.repeat(resized[..., None], 3, axis=2)
+
+    def mask(self, plane: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Mask resampled with a smooth border, 0 or 1."""
+        return (self.smooth(plane) >= 0.5).astype(np.float32)
+
+    def smooth(self, plane: NDArray[np.floating] | NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Plane of 0 to 1 resampled linearly."""
+        levels = Image.fromarray((np.asarray(plane, np.float32) * 255).round().astype(np.uint8))
+        resized = np.asarray(levels.resize(self.size, Image.Resampling.BILINEAR), np.float32)
+        return resized / np.float32(255)
+
+    def on_black(self, picture: NDArray[np.float32]) -> Image.Image:
+        """The picture on its canvas."""
+        canvas = Image.new("RGB", self.canvas)
+        canvas.paste(Image.fromarray(picture.round().astype(np.uint8)), self.corner)
+        return canvas
+
+
+def _edge(mask: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """Line of `width` pixels just inside the border of a mask, with soft edges."""
+    inside = ndimage.binary_erosion(mask > 0, iterations=width, border_value=1)
+    soft: NDArray[np.float32] = np.clip(ndimage.gaussian_filter(mask * ~inside, 0.6) * 1.6, 0, 1).astype(np.float32)
+    return soft
+
+
+def _paint(
+    picture: NDArray[np.float32], where: NDArray[np.float32], colour: tuple[int, int, int], strength: float
+) -> NDArray[np.float32]:
+    opacity = (where * strength)[..., None]
+    painted: NDArray[np.float32] = picture * (1 - opacity) + np.array(colour, np.float32) * opacity
+    return painted
+
+
+def _mark(image: Image.Image, frame: _Frame, letters: tuple[str, str, str, str]) -> Image.Image:
+    """Burn in the directions at top, bottom, left and right, and a scale bar of 5 cm where it has room."""
+    draw = ImageDraw.Draw(image)
+    width, height = image.size
+    size = max(13, min(20, width // 26))
+    top, bottom, left, right = letters
+    write(draw, (width / 2, 6), top, size, TEXT, "ma")
+    write(draw, (width / 2, height - 6), bottom, size, TEXT, "md")
+    write(draw, (8, height / 2), left, size, TEXT, "lm")
+    write(draw, (width - 8, height / 2), right, size, TEXT, "rm")
+    bar = round(50 * frame.scale)
+    if 30 <= bar <= width // 3:
+        x, y = width - 14 - bar, height - 14
+        for colour, thick in (((0, 0, 0), 5), (DIM, 2)):
+            for line in ((x, y, x + bar, y), (x, y - 4, x, y + 4), (x + bar, y - 4, x + bar, y + 4)):
+                draw.line(line, colour, thick)
+        write(draw, (x + bar / 2, y - 7), "5 cm", 13, DIM, "md")
+    return image

@@ -1,0 +1,341 @@
+"""Structured report (TID 1500, Comprehensive 3D SR) of the measurements and of the statement about the scan.
+
+Its form is what viewers were measured to open: a closed SCOORD outline on one source slice in every measurement
+group (OHIF stops at a group without one), source slices given as evidence only, and, since OHIF shows of a
+measurement no more than name, value and unit, one measurement in each group whose name says what the group is.
+
+The groups are the right lung, the left lung, the infection as a whole, and its `LARGEST_LESIONS` largest lesions.
+What the scan-level rules say stands, as numbers and codes, in the infection's group (in the first lung's, where
+nothing is infected) and, as sentences with their inputs and thresholds, under Qualitative Evaluations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import highdicom as hd
+import numpy as np
+from highdicom.coding_schemes import CodingSchemeIdentificationItem
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from pydicom.uid import Comprehensive3DSRStorage
+
+from node import __version__
+from node.analysis.findings import LEFT, RIGHT, Findings, Lesion, Region
+from node.results.contour import outer_contour
+from node.results.identity import (
+    MANUFACTURER,
+    MODEL_NAME,
+    NOT_FOR_DIAGNOSIS,
+    Analysis,
+    describe,
+    uid_of,
+)
+from node.results.segmentation import LEFT_LUNG, PNEUMONIA, RIGHT_LUNG
+from node.results.statement import LIMITS, sentences
+
+#: Lesions that get a measurement group, largest first; the others count in the sums only. A viewer lists a row for
+#: each, and more than ten hide the lungs' own.
+LARGEST_LESIONS = 10
+
+#: Coding scheme of the codes below; described in each report's Coding Scheme Identification Sequence.
+PRIVATE_SCHEME = "99LUNGNODE"
+
+#: The private codes: what no standard scheme has a code for. A value keeps its meaning for ever.
+PRIVATE_CODES = {
+    "101": "Right lung infected share",
+    "102": "Right lung infected volume",
+    "103": "Left lung infected share",
+    "104": "Left lung infected volume",
+    "105": "Infected share of both lungs",
+    "106": "Lesion infection probability",
+    "201": "Slices with infection",
+    "202": "Longest run of slices with infection",
+    "203": "Length of longest run of slices with infection",
+    "204": "Lesion boxes to lung area ratio",
+    "205": "Lesion boxes",
+    "206": "Scan infection probability (Noisy-OR)",
+    "211": "Consecutive slices rule",
+    "212": "Intensity rule",
+    "221": "Alarming",
+    "222": "Not COVID-19-like",
+}
+
+
+def build(findings: Findings, analysis: Analysis) -> Dataset | None:
+    """Report of `findings`; None where no lung was found, as a group needs an outline on a slice."""
+    groups = list(_groups(findings, analysis))
+    if not groups:
+        return None
+    report = hd.sr.MeasurementReport(
+        observation_context=hd.sr.ObservationContext(observer_device_context=_device(analysis)),
+        procedure_reported=Code("169069000", "SCT", "CT of chest"),
+        imaging_measurements=groups,
+        title=codes.DCM.ImagingMeasurementReport,
+    )
+    root = report[0]
+    root.ContentSequence.append(_evaluations(findings, analysis))
+    evidence = list(_evidence(analysis))
+    document = hd.sr.Comprehensive3DSR(
+        evidence=evidence,
+        content=root,
+        series_instance_uid=analysis.uid("sr", "", "series"),
+        series_number=93,
+        sop_instance_uid=analysis.uid("sr", "", "instance"),
+        instance_number=1,
+        manufacturer=MANUFACTURER,
+        is_complete=True,
+        is_final=False,
+        is_verified=False,
+        coding_schemes=[
+            CodingSchemeIdentificationItem(
+                designator=PRIVATE_SCHEME,
+                name="Private codes of lungnode",
+                uid=uid_of("coding scheme"),
+                responsible_organization=MANUFACTURER,
+            )
+        ],
+    )
+    _separate(document)
+    describe(
+        document,
+        analysis,
+        kind="sr",
+        sop_class_uid=Comprehensive3DSRStorage,
+        modality="SR",
+        series_offset=93,
+        series_description="AI measurements (SR)",
+    )
+    return cast("Dataset", document)
+
+
+#: UCUM units (PS3.16 CID 82), with the text that a viewer shows.
+_ML = Code("ml", "UCUM", "ml")
+_PERCENT = Code("%", "UCUM", "%")
+_HU = Code("[hnsf'U]", "UCUM", "HU")
+_MM = Code("mm", "UCUM", "mm")
+_NONE = Code("1", "UCUM", "no units")
+_SLICES = Code("{slices}", "UCUM", "slices")
+_BOXES = Code("{boxes}", "UCUM", "boxes")
+
+_MEAN_HU = Code("112181", "DCM", "Mean Attenuation Coefficient")
+_POSITIVE, _NEGATIVE = Code("10828004", "SCT", "Positive"), Code("260385009", "SCT", "Negative")
+
+
+def _private(value: str) -> Code:
+    return Code(value, PRIVATE_SCHEME, PRIVATE_CODES[value])
+
+
+def _groups(
+    findings: Findings, analysis: Analysis
+) -> Iterator[hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations]:
+    infected = findings.lesions > 0
+    # The statement about the scan goes with the infection, and without one with the first lung.
+    pending = None if infected.any() else _scan_level(findings)
+    for value, name, region, code in (
+        (RIGHT, "Right lung", findings.right, RIGHT_LUNG),
+        (LEFT, "Left lung", findings.left, LEFT_LUNG),
+    ):
+        mask = findings.lungs == value
+        if mask.any():
+            yield _group(
+                analysis,
+                f"{name.lower().replace(' ', '-')}",
+                name,
+                code,
+                _site(name.split()[0]),
+                _region(mask, _largest_slice(mask), analysis),
+                _lung_measurements(region, name),
+                pending,
+            )
+            pending = None
+    if infected.any():
+        yield _group(
+            analysis,
+            "infection",
+            "Infection, both lungs",
+            PNEUMONIA,
+            hd.sr.FindingSite(anatomic_location=codes.SCT.Lung),
+            _region(infected, _largest_slice(infected), analysis),
+            [
+                _measure(_private("105"), 100 * findings.both.infected_share, _PERCENT, 2),
+                _measure(codes.SCT.Volume, findings.both.infected_ml, _ML, 2),
+                _measure(_MEAN_HU, findings.both.infected_mean_hu, _HU, 1),
+            ],
+            _scan_level(findings),
+        )
+    for lesion in findings.lesion_list[:LARGEST_LESIONS]:
+        yield _lesion_group(findings, lesion, analysis)
+
+
+def _lesion_group(
+    findings: Findings, lesion: Lesion, analysis: Analysis
+) -> hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations:
+    mask = findings.lesions == lesion.label
+    return _group(
+        analysis,
+        f"lesion-{lesion.label}",
+        f"Lesion {lesion.label}, {lesion.side} lung",
+        PNEUMONIA,
+        _site(lesion.side.capitalize()),
+        _region(mask, lesion.key_slice, analysis),
+        [
+            _measure(_private("106"), lesion.probability, _NONE, 3),
+            _measure(codes.SCT.Volume, lesion.volume_ml, _ML, 2),
+            _measure(_MEAN_HU, lesion.mean_hu, _HU, 1),
+        ],
+        None,
+    )
+
+
+def _group(
+    analysis: Analysis,
+    name: str,
+    label: str,
+    finding: Code,
+    site: hd.sr.FindingSite,
+    region: hd.sr.ImageRegion,
+    measurements: list[hd.sr.Measurement | None],
+    scan_level: tuple[list[hd.sr.Measurement | None], list[hd.sr.QualitativeEvaluation]] | None,
+) -> hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations:
+    numbers, evaluations = scan_level or ([], [])
+    model = analysis.models[0 if name.endswith("-lung") else -1]
+    tracking_uid = analysis.uid("tracking", name)
+    return hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
+        # The UIDs of the lungs are those of the segments, which ties the two objects together.
+        tracking_identifier=hd.sr.TrackingIdentifier(uid=tracking_uid, identifier=f"{label} {tracking_uid[-8:]}"),
+        referenced_regions=[region],
+        finding_type=finding,
+        finding_sites=[site],
+        algorithm_id=hd.sr.AlgorithmIdentification(
+            name=model.name,
+            version=model.version,
+            parameters=[f"sha256={model.sha256}"],
+            family=codes.DCM.ArtificialIntelligence,
+            manufacturer=MANUFACTURER,
+        ),
+        measurements=[each for each in (*measurements, *numbers) if each is not None],
+        qualitative_evaluations=evaluations,
+    )
+
+
+def _lung_measurements(region: Region, name: str) -> list[hd.sr.Measurement | None]:
+    share, infected = ("101", "102") if name == "Right lung" else ("103", "104")
+    return [
+        _measure(_private(share), 100 * region.infected_share, _PERCENT, 2),
+        _measure(_private(infected), region.infected_ml, _ML, 2),
+        _measure(codes.SCT.Volume, region.volume_ml, _ML, 1),
+        _measure(_MEAN_HU, region.mean_hu, _HU, 1),
+    ]
+
+
+def _scan_level(
+    findings: Findings,
+) -> tuple[list[hd.sr.Measurement | None], list[hd.sr.QualitativeEvaluation]]:
+    """Inputs and outcomes of the rules, as numbers and as codes."""
+    consecutive, intensity, noisy_or = findings.scan.consecutive, findings.scan.intensity, findings.scan.noisy_or
+    grades = {"Alarming": _private("221"), "Mild": codes.SCT.Mild, "not COVID-19-like": _private("222")}
+    numbers = [
+        _measure(_private("201"), consecutive.positive_slices, _SLICES, 0),
+        _measure(_private("202"), consecutive.longest_run, _SLICES, 0),
+        _measure(_private("203"), consecutive.longest_run_mm, _MM, 1),
+        _measure(_private("204"), intensity.ratio, _NONE, 4),
+        _measure(_private("205"), intensity.boxes, _BOXES, 0),
+        _measure(_private("206"), noisy_or.probability, _NONE, 4),
+    ]
+    evaluations = [
+        hd.sr.QualitativeEvaluation(_private("211"), _POSITIVE if consecutive.positive else _NEGATIVE),
+        hd.sr.QualitativeEvaluation(_private("212"), grades[intensity.grade]),
+    ]
+    return numbers, evaluations
+
+
+def _measure(name: Code, value: float, unit: Code, decimals: int) -> hd.sr.Measurement | None:
+    """A measurement; None where there is no number to give, such as the mean HU of nothing."""
+    if not np.isfinite(value):
+        return None
+    return hd.sr.Measurement(name=name, value=round(float(value), decimals) if decimals else round(value), unit=unit)
+
+
+def _site(side: str) -> hd.sr.FindingSite:
+    laterality = codes.SCT.Right if side == "Right" else codes.SCT.Left
+    return hd.sr.FindingSite(anatomic_location=codes.SCT.Lung, laterality=laterality)
+
+
+def _largest_slice(mask: NDArray[np.bool_]) -> int:
+    return int(mask.sum(axis=(1, 2)).argmax())
+
+
+def _region(mask: NDArray[np.bool_], index: int, analysis: Analysis) -> hd.sr.ImageRegion:
+    source = analysis.instances[index]
+    return hd.sr.ImageRegion(
+        graphic_type=hd.sr.GraphicTypeValues.POLYLINE,
+        graphic_data=outer_contour(mask[index]),
+        source_image=hd.sr.SourceImageForRegion(
+            source.sop_class_uid,
+            source.sop_instance_uid,
+            None if source.frame is None else [source.frame],
+        ),
+    )
+
+
+def _evaluations(findings: Findings, analysis: Analysis) -> hd.sr.ContainerContentItem:
+    """Qualitative Evaluations of the whole scan, as sentences (TID 1500 rows 12 to 14)."""
+    container = hd.sr.ContainerContentItem(
+        name=Code("C0034375", "UMLS", "Qualitative Evaluations"),
+        relationship_type=hd.sr.RelationshipTypeValues.CONTAINS,
+    )
+    models = "; ".join(f"{model.name} {model.version} (sha256 {model.sha256})" for model in analysis.models)
+    texts = [(codes.DCM.Summary, sentence) for sentence in sentences(findings)]
+    if len(findings.lesion_list) > LARGEST_LESIONS:
+        listed = f"Listed one by one: the {LARGEST_LESIONS} largest of {len(findings.lesion_list)} lesions."
+        texts.insert(1, (codes.DCM.Summary, listed))
+    texts += [
+        (codes.DCM.Comment, f"{NOT_FOR_DIAGNOSIS}. {LIMITS}"),
+        (codes.DCM.Comment, f"Made by {MODEL_NAME} {__version__} with the models {models}."),
+    ]
+    container.ContentSequence = hd.sr.ContentSequence(
+        [
+            hd.sr.TextContentItem(name, text, relationship_type=hd.sr.RelationshipTypeValues.CONTAINS)
+            for name, text in texts
+        ]
+    )
+    return container
+
+
+def _device(analysis: Analysis) -> hd.sr.ObserverContext:
+    """Device observer (TID 1004); agrees with the equipment of the document, as IHE AI Results asks."""
+    return hd.sr.ObserverContext(
+        observer_type=codes.DCM.Device,
+        observer_identifying_attributes=hd.sr.DeviceObserverIdentifyingAttributes(
+            uid=analysis.device_uid,
+            name=MODEL_NAME,
+            manufacturer_name=MANUFACTURER,
+            model_name=MODEL_NAME,
+            serial_number=analysis.serial_number,
+        ),
+    )
+
+
+def _evidence(analysis: Analysis) -> Iterator[Dataset]:
+    """Names of the source instances; patient attributes come later, in `describe`."""
+    for source in analysis.unique_instances():
+        item = Dataset()
+        item.SOPClassUID, item.SOPInstanceUID = source.sop_class_uid, source.sop_instance_uid
+        item.StudyInstanceUID = analysis.header.StudyInstanceUID
+        item.SeriesInstanceUID = analysis.header.SeriesInstanceUID
+        item.PatientID = item.PatientName = item.PatientBirthDate = item.PatientSex = ""
+        item.StudyID = item.StudyDate = item.StudyTime = item.AccessionNumber = ""
+        yield item
+
+
+def _separate(item: Dataset) -> None:
+    """Containers as SEPARATE items: text viewers run CONTINUOUS ones together into one paragraph."""
+    if item.get("ValueType") == "CONTAINER":
+        item.ContinuityOfContent = "SEPARATE"
+    children: Sequence[Dataset] = item.get("ContentSequence", [])
+    for child in children:
+        _separate(child)
