@@ -50,19 +50,17 @@ def measure(
         raise ValueError("volume, lungs and probability differ in shape")
     lesions = np.zeros(lungs.shape, np.int32)
     lesion_list: tuple[Lesion, ...] = ()
-    infection = probability >= threshold
-    infection &= lungs > 0
-    if box := _bounding_box(infection):
-        lesions[box] = _components(infection[box], MINIMUM_LESION_MM3 / (1000 * volume.voxel_ml))
-        lesion_list = _lesion_list(volume, lungs, probability, lesions, box)
-
-    # Sums by side and infected or not; everything else follows from them.
+    # Sums by side and infected or not; the regions follow from them.
     counts, sums = np.zeros((3, 2)), np.zeros((3, 2))
-    for hu, lung, lesion in zip(volume.hu, lungs, lesions, strict=True):
-        if lung.any():
-            code = lung.astype(np.intp) * 2 + (lesion > 0)
-            counts += np.bincount(code.ravel(), minlength=6).reshape(3, 2)
-            sums += np.bincount(code.ravel(), hu.ravel(), minlength=6).reshape(3, 2)
+    if box := _bounding_box(lungs > 0):
+        infection = probability[box] >= threshold
+        infection &= lungs[box] > 0
+        lesions[box] = _components(infection, MINIMUM_LESION_MM3 / (1000 * volume.voxel_ml))
+        lesion_list = _lesion_list(volume, lungs, probability, lesions, box)
+        for hu, lung, lesion in zip(volume.hu[box], lungs[box], lesions[box], strict=True):
+            code = (lung * np.uint8(2) + (lesion > 0)).ravel()
+            counts += np.bincount(code, minlength=6).reshape(3, 2)
+            sums += np.bincount(code, hu.ravel(), minlength=6).reshape(3, 2)
     return Measurements(
         lesions=lesions,
         right=_region(counts[RIGHT], sums[RIGHT], volume.voxel_ml),
@@ -85,15 +83,21 @@ def _bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, slice, slice] | None:
 
 def _components(infection: NDArray[np.bool_], minimum_voxels: float) -> NDArray[np.int32]:
     """Label components of at least this size from 1, the largest first."""
-    labels, count = cc3d.connected_components(np.ascontiguousarray(infection), connectivity=26, return_N=True)
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    labels, count = cc3d.connected_components(
+        np.ascontiguousarray(infection), connectivity=26, return_N=True, binary_image=True
+    )
+    # Only the infected voxels, a few in a hundred, need to be looked at again.
+    where = np.flatnonzero(infection)
+    found = labels.ravel()[where]
+    sizes = np.bincount(found, minlength=count + 1)
     by_size = np.argsort(-sizes[1:], kind="stable") + 1
     # A whole number of voxels may miss the limit by the rounding of a voxel's volume.
     kept = by_size[sizes[by_size] >= minimum_voxels * (1 - 1e-9)]
-    relabelled = np.zeros(count + 1, np.int32)
-    relabelled[kept] = np.arange(1, len(kept) + 1)
-    found: NDArray[np.int32] = relabelled[labels]
-    return found
+    new_label = np.zeros(count + 1, np.int32)
+    new_label[kept] = np.arange(1, len(kept) + 1)
+    relabelled = np.zeros(infection.shape, np.int32)
+    relabelled.ravel()[where] = new_label[found]
+    return relabelled
 
 
 def _lesion_list(
