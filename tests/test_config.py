@@ -9,8 +9,9 @@ from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
+from pydicom import Dataset
 
-from node.config import AETitle, ConfigError, Problem, Settings, load, parse, schema
+from node.config import AETitle, ConfigError, Problem, Route, Settings, load, parse, schema
 
 PEER = "peers:\n  pacs: {ae_title: PACS, host: localhost, port: 104}\n"
 
@@ -129,3 +130,24 @@ def test_ae_titles_are_those_of_the_standard(title: str) -> None:
         assert not standard
     else:
         assert standard
+
+
+@pytest.mark.parametrize(
+    ("when", "names", "taken"),
+    [
+        ({}, ["ct1"], True),
+        ({}, ["other"], False),
+        ({"Modality": "CT"}, ["ct1"], True),
+        ({"Modality": ["MR", "CT"]}, ["ct1"], True),
+        ({"Modality": "MR"}, ["ct1"], False),
+        ({"StationName": "CT*"}, ["ct1"], True),
+        ({"ImageType": "AXIAL"}, ["ct1"], True),
+        ({"Modality": "CT", "BodyPartExamined": "*"}, ["ct1"], False),
+        ({"SeriesNumber": "4"}, ["ct1"], True),
+    ],
+)
+def test_route_takes_by_peer_and_tags(when: dict[str, str], names: list[str], taken: bool) -> None:
+    header = Dataset()
+    header.Modality, header.StationName, header.ImageType, header.SeriesNumber = "CT", "CT01", ["ORIGINAL", "AXIAL"], 4
+    route = Route.model_validate({"name": "r", "from": ["ct1"], "when": when, "to": {}})
+    assert route.takes(names, header) is taken
