@@ -20,7 +20,7 @@ import structlog
 
 from node.intake.header import InstanceHeader
 from node.intake.spool import Stored
-from node.intake.tiling import numbers_missing, tile
+from node.intake.tiling import GAP_STEPS, Tiling, numbers_missing, tile
 from node.telemetry.logs import plainly
 
 __all__ = ["Assembly", "AssociationId", "ClosedSeries", "Ending", "InstanceHeader"]
@@ -276,10 +276,13 @@ class _OpenSeries:
 
     def judge(self, ended: str) -> tuple[bool, str]:
         """Whether the series is complete, and why, given what `ended` it."""
-        tiling = tile(self.headers)
+        tiling, doubt = tile(self.headers), numbers_missing(self.headers)
         missing = []
         if tiling.kind == "gap":
             missing.append(tiling.detail)
+        elif doubt and not _dense(tiling, self.headers):
+            # Every other slice lies evenly too: without slices that touch, the numbering is believed.
+            missing.append(doubt)
         if self.refused:
             missing.append(f"{len(self.refused)} instances were refused and not sent again")
         if self.broken:
@@ -287,7 +290,6 @@ class _OpenSeries:
         if missing:
             return False, f"incomplete: {'; '.join(missing)}; {ended}"
         shape = tiling.detail if tiling.kind == "even" else f"geometry cannot tell ({tiling.detail})"
-        doubt = numbers_missing(self.headers)
         return True, f"{shape}, and {ended}{f', although {doubt}' if doubt else ''}"
 
     def closed(self) -> ClosedSeries:
@@ -302,3 +304,11 @@ class _OpenSeries:
             complete=self.verdict[0],
             reason=self.verdict[1],
         )
+
+
+def _dense(tiling: Tiling, headers: list[InstanceHeader]) -> bool:
+    """Whether slices are about as far apart as they are thick, or have no places that could lack one."""
+    if not any(header.positions for header in headers):
+        return True
+    thickness = min((header.slice_thickness or 0.0) for header in headers)
+    return tiling.kind == "even" and tiling.step <= GAP_STEPS * thickness

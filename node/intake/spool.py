@@ -128,9 +128,9 @@ class Spool:
         if shutil.disk_usage(self.root).free - len(dataset) < self._floor:
             raise SpoolFullError(errno.ENOSPC, "less than the configured floor of free space is left")
         try:
+            self._ensure(folder)
             temporary = self._write(meta, dataset)
             try:
-                self._ensure(folder)
                 os.link(temporary, path)
             except FileExistsError:
                 return self._kept(path, dataset)

@@ -130,13 +130,13 @@ def _judge(stack: list[_Slice]) -> Tiling:
     step = steps[len(steps) // 4]
     gaps = [(a + b) / 2 for a, b in pairwise(along) if b - a > GAP_STEPS * step]
     if gaps:
-        apart = f"{steps[-1]:.1f} mm between slices, {step:.1f} mm elsewhere"
+        apart = f"{steps[-1]:z.1f} mm between slices, {step:z.1f} mm elsewhere"
         return Tiling("gap", f"{_list_gaps(gaps)} ({apart})", along[0], along[-1], step, layers)
     thin = [at[0].along for at in places if len(at) < max(map(len, places))]
     if thin:
         detail = f"{_list_gaps(thin)} (fewer slices there than elsewhere)"
         return Tiling("gap", detail, along[0], along[-1], step, layers)
-    detail = f"slices tile space from z={along[0]:.1f} to z={along[-1]:.1f} every {step:.1f} mm"
+    detail = f"slices tile space from z={along[0]:z.1f} to z={along[-1]:z.1f} every {step:z.1f} mm"
     return Tiling("even", detail, along[0], along[-1], step, layers)
 
 
@@ -161,7 +161,7 @@ def _acquisitions(stack: list[_Slice]) -> list[list[_Slice]]:
 
 
 def _list_gaps(gaps: list[float]) -> str:
-    shown = ", ".join(f"{gap:.1f}" for gap in gaps[:3])
+    shown = ", ".join(f"{gap:z.1f}" for gap in gaps[:3])
     return f"gap at z = {shown}{f' and {len(gaps) - 3} more' if len(gaps) > 3 else ''} mm"
 
 

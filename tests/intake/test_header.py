@@ -1,0 +1,175 @@
+"""The header walk, against pydicom on whole data sets and against itself on broken ones."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_instances import AXIAL, SERIES, STUDY, dataset, encoded
+from pydicom import Dataset, dcmread
+from pydicom.filereader import read_file_meta_info
+from pydicom.sequence import Sequence
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
+
+from node.intake import header as header_module
+from node.intake.header import HeaderError, InstanceHeader, read_header
+
+NATIVE = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
+
+
+@st.composite
+def nested(draw: st.DrawFn, depth: int = 3) -> Dataset:
+    """A data set with private elements and sequences within sequences, of defined and undefined length."""
+    ds = Dataset()
+    ds.add_new(0x00091001, "LO", draw(st.text("ABC^ ", max_size=9)))
+    ds.add_new(0x00091002, "OB", draw(st.binary(max_size=5).map(lambda b: b + bytes(len(b) % 2))))
+    if depth and draw(st.booleans()):
+        ds.ReferencedImageSequence = Sequence(draw(st.lists(nested(depth - 1), max_size=2)))
+        ds["ReferencedImageSequence"].is_undefined_length = draw(st.booleans())
+        for item in ds.ReferencedImageSequence:
+            item.is_undefined_length_sequence_item = draw(st.booleans())
+    return ds
+
+
+@given(
+    nested(),
+    st.sampled_from(NATIVE),
+    st.lists(st.floats(-999, 999).map(lambda x: round(x, 3)), min_size=3, max_size=3),
+    st.integers(1, 60_000),
+)
+def test_reads_what_pydicom_wrote(around: Dataset, transfer_syntax: UID, position: list[float], rows: int) -> None:
+    ds = dataset(4)
+    ds.update(around)
+    ds.ImagePositionPatient, ds.Rows = position, rows
+    assert read_header(encoded(ds, transfer_syntax), transfer_syntax) == InstanceHeader(
+        study_instance_uid=STUDY,
+        series_instance_uid=SERIES,
+        sop_class_uid="1.2.840.10008.5.1.4.1.1.2",
+        sop_instance_uid=f"{SERIES}.5",
+        modality="CT",
+        image_type=("ORIGINAL", "PRIMARY", "AXIAL"),
+        body_part="CHEST",
+        instance_number=5,
+        rows=rows,
+        columns=32,
+        pixel_spacing=(0.7, 0.7),
+        slice_thickness=1.0,
+        orientation=AXIAL,
+        positions=(tuple(position),),  # type: ignore[arg-type]
+    )
+
+
+@given(st.data(), st.sampled_from(NATIVE))
+def test_broken_bytes_raise_nothing_but_header_errors_without_patient_data(data: st.DataObject, ts: UID) -> None:
+    whole = bytearray(encoded(dataset(0), ts))
+    for _ in range(data.draw(st.integers(0, 4))):
+        whole[data.draw(st.integers(0, min(len(whole) - 1, 700)))] = data.draw(st.integers(0, 255))
+    said = ""
+    try:
+        read_header(whole[: data.draw(st.integers(0, len(whole)))], ts)
+    except HeaderError as error:
+        said = str(error)
+    assert "SECRET" not in said
+
+
+@given(st.binary(max_size=400), st.sampled_from(NATIVE))
+def test_bytes_that_are_no_dicom_are_refused(junk: bytes, transfer_syntax: UID) -> None:
+    with pytest.raises(HeaderError):
+        read_header(junk, transfer_syntax)
+
+
+@pytest.mark.parametrize("transfer_syntax", NATIVE[:3])
+def test_a_data_set_cut_within_its_pixels_is_refused(transfer_syntax: UID) -> None:
+    whole = encoded(dataset(0), transfer_syntax)
+    with pytest.raises(HeaderError, match="ends within its pixel data"):
+        read_header(whole[:-1], transfer_syntax)
+
+
+def test_deep_nesting_costs_no_stack() -> None:
+    item, sequence = b"\xfe\xff\x00\xe0\xff\xff\xff\xff", b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff"
+    with pytest.raises(HeaderError, match="within a sequence"):
+        read_header((sequence + item) * 100_000, ExplicitVRLittleEndian)
+
+
+def test_a_deflate_bomb_is_inflated_only_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header_module, "INFLATE_LIMIT", 1 << 20)
+    ds = dataset(0)
+    ds.PixelData = bytes(8 << 20)
+    packed = encoded(ds, DeflatedExplicitVRLittleEndian)
+    assert len(packed) < 20_000
+    assert read_header(packed, DeflatedExplicitVRLittleEndian).sop_instance_uid == ds.SOPInstanceUID
+    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    with pytest.raises(HeaderError):
+        read_header(deflate.compress(bytes(8 << 20)) + deflate.flush(), DeflatedExplicitVRLittleEndian)
+
+
+@pytest.mark.parametrize("ts", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+@pytest.mark.parametrize("undefined", [False, True])
+def test_an_enhanced_image_has_the_place_of_each_frame(ts: UID, undefined: bool) -> None:
+    ds = dataset(0)
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "SliceThickness", "PixelSpacing"):
+        delattr(ds, keyword)
+    ds.NumberOfFrames, shared, frames = 3, Dataset(), []
+    orientation, measures = Dataset(), Dataset()
+    orientation.ImageOrientationPatient = list(AXIAL)
+    measures.PixelSpacing, measures.SliceThickness = [0.5, 0.6], 2.5
+    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = Sequence([orientation]), Sequence([measures])
+    for n in range(3):
+        frame, place = Dataset(), Dataset()
+        place.ImagePositionPatient = [0, 0, 2.5 * n]
+        frame.PlanePositionSequence = Sequence([place])
+        frame.is_undefined_length_sequence_item = undefined
+        frames.append(frame)
+    ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = Sequence([shared]), Sequence(frames)
+    ds["PerFrameFunctionalGroupsSequence"].is_undefined_length = undefined
+    found = read_header(encoded(ds, ts), ts)
+    assert found.positions == ((0, 0, 0), (0, 0, 2.5), (0, 0, 5))
+    assert (found.orientation, found.pixel_spacing, found.slice_thickness) == (AXIAL, (0.5, 0.6), 2.5)
+
+
+def part_10_files(folder: Path) -> Iterator[tuple[Path, Dataset, bytes, str]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.open("rb").read(132)[128:] == b"DICM":
+            meta = read_file_meta_info(path)
+            if "TransferSyntaxUID" in meta:
+                raw = path.read_bytes()
+                with BytesIO(raw) as file:
+                    ds = dcmread(file, stop_before_pixels=True)
+                start = 144 + meta.get("FileMetaInformationGroupLength", -144)
+                if start:
+                    yield path, ds, raw[start:], str(meta.TransferSyntaxUID)
+
+
+@pytest.mark.data
+@pytest.mark.filterwarnings("ignore")
+def test_agrees_with_pydicom_on_every_kind_of_object(data_dir: Path) -> None:
+    agreed = 0
+    for path, ds, raw, transfer_syntax in part_10_files(data_dir / "dicom-zoo"):
+        uids = [str(ds.get(k, "")) for k in ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")]
+        if not all(uids) or "truncated" in path.name:
+            with pytest.raises(HeaderError):
+                read_header(raw, transfer_syntax)
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = read_header(raw, transfer_syntax)
+        theirs = [*uids, ds.get("Modality") or "", ds.get("Rows"), ds.get("Columns"), ds.get("BodyPartExamined") or ""]
+        ours = [found.study_instance_uid, found.series_instance_uid, found.sop_class_uid, found.sop_instance_uid]
+        assert [*ours, found.modality, found.rows, found.columns, found.body_part] == theirs, path
+        if found.number_of_frames == 1 and ds.get("ImagePositionPatient"):
+            assert all(map(math.isclose, found.positions[0], ds.ImagePositionPatient)), path
+        agreed += 1
+    assert agreed > 240

@@ -1,0 +1,114 @@
+"""Slices in space: any stack, however it lies and in whatever order, is even until a slice is taken out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_instances import AXIAL, header
+
+from node.intake.header import InstanceHeader
+from node.intake.tiling import Vector, normal, numbers_missing, tile
+
+
+@st.composite
+def stacks(draw: st.DrawFn) -> list[InstanceHeader]:
+    """4 to 40 slices, evenly along the normal of any orientation, positions rounded as decimal strings are."""
+    count, step = draw(st.integers(4, 40)), draw(st.floats(0.5, 10))
+    quaternion = np.array(
+        draw(st.lists(st.floats(-1, 1), min_size=4, max_size=4).filter(lambda q: math.hypot(*q) > 0.1))
+    )
+    w, x, y, z = quaternion / np.linalg.norm(quaternion)
+    row = np.array([1 - 2 * (y * y + z * z), 2 * (x * y + z * w), 2 * (x * z - y * w)])
+    column = np.array([2 * (x * y - z * w), 1 - 2 * (x * x + z * z), 2 * (y * z + x * w)])
+    origin = np.array(draw(st.lists(st.floats(-500, 500), min_size=3, max_size=3)))
+    turn = tuple(np.concatenate([row, column]).round(6))
+    places = [tuple((origin + n * step * np.cross(row, column)).round(4)) for n in range(count)]
+    numbers = draw(st.permutations(range(count)))
+    return [
+        replace(header(n), orientation=turn, positions=(places[n],), instance_number=number)  # type: ignore[arg-type]
+        for n, number in zip(draw(st.permutations(range(count))), numbers, strict=True)
+    ]
+
+
+@given(stacks())
+def test_an_even_stack_is_even_in_any_orientation_and_order(stack: list[InstanceHeader]) -> None:
+    tiling = tile(stack)
+    assert tiling.kind == "even"
+    assert tiling.layers == 1
+    assert tiling.extent_mm == pytest.approx(tiling.step * len(stack), rel=1e-2)
+
+
+@given(stacks(), st.data())
+def test_one_slice_less_is_a_gap_where_it_was(stack: list[InstanceHeader], data: st.DataObject) -> None:
+    direction = cast(Vector, normal(stack[0]))
+    inner = sorted(stack, key=lambda h: float(np.dot(direction, h.positions[0])))[1:-1]
+    missing = data.draw(st.sampled_from(inner))
+    tiling = tile([one for one in stack if one is not missing])
+    assert tiling.kind == "gap"
+    at = float(tiling.detail.removeprefix("gap at z = ").split()[0])
+    assert at == pytest.approx(float(np.dot(direction, missing.positions[0])), abs=0.1 + 0.01 * tiling.step)
+
+
+@given(stacks())
+def test_flipping_the_slices_over_changes_nothing(stack: list[InstanceHeader]) -> None:
+    over = [replace(one, orientation=(*one.orientation[3:], *one.orientation[:3])) for one in stack if one.orientation]
+    assert tile(over) == tile(stack)
+
+
+def test_two_acquisitions_one_upon_the_other_do_not_hide_each_others_gaps() -> None:
+    both = [header(n, acquisition_number=a, sop_instance_uid=f"1.{a}.{n}") for a in (1, 2) for n in range(10)]
+    assert (tile(both).kind, tile(both).layers) == ("even", 2)
+    assert tile(both[:4] + both[5:]).detail.startswith("gap at z = 4.0 mm")
+
+
+def test_a_phase_less_at_one_place_is_a_gap() -> None:
+    phases = [header(n, sop_instance_uid=f"1.{a}.{n}") for a in (1, 2, 3) for n in range(10)]
+    assert tile(phases).kind == "even"
+    assert tile(phases[:-4] + phases[-3:]).detail == "gap at z = 6.0 mm (fewer slices there than elsewhere)"
+
+
+def test_several_missing_slices_do_not_become_the_measure() -> None:
+    alternate = [header(n, z=z) for n, z in enumerate((0, 1, 3, 4, 6, 7, 9, 10))]
+    assert tile(alternate).detail == "gap at z = 2.0, 5.0, 8.0 mm (2.0 mm between slices, 1.0 mm elsewhere)"
+
+
+def test_a_gap_in_the_stack_shows_beside_a_localizer() -> None:
+    localizer = header(99, orientation=(0, 1, 0, 0, 0, -1), positions=((0.0, -300.0, 100.0),))
+    assert tile([localizer, *map(header, range(8))]).kind == "even"
+    assert tile([localizer, *map(header, (0, 1, 2, 4, 5))]).kind == "gap"
+
+
+@pytest.mark.parametrize(
+    ("series", "why"),
+    [
+        ([header(0)], "1 placed slices are too few to compare"),
+        ([header(0, positions=()), header(1, positions=())], "no slice positions"),
+        ([header(n, orientation=None) for n in range(5)], "no slice positions"),
+        ([header(n, orientation=(1, 0, 0, 1, 0, 0)) for n in range(5)], "no slice positions"),
+        ([header(n, z=7) for n in range(5)], "all 5 slices are at one place"),
+    ],
+)
+def test_where_geometry_does_not_tell(series: list[InstanceHeader], why: str) -> None:
+    assert (tile(series).kind, tile(series).detail) == ("unknown", why)
+
+
+def test_frames_of_an_enhanced_image_are_slices() -> None:
+    frames = tuple((0.0, 0.0, 2.0 * n) for n in range(30))
+    assert tile([header(0, positions=frames, number_of_frames=30)]).detail.endswith("to z=58.0 every 2.0 mm")
+    assert tile([header(0, positions=frames[:9] + frames[10:], number_of_frames=29)]).kind == "gap"
+    assert normal(header(0)) == normal(header(0, orientation=(-1, 0, 0, 0, 1, 0))) == (0, 0, 1)
+    assert header(0).orientation == AXIAL
+
+
+def test_the_senders_numbering_tells_that_more_is_to_come() -> None:
+    assert numbers_missing([header(n) for n in range(5)]) == ""
+    assert numbers_missing([header(n) for n in (4, 1, 2)]) == "1 instance numbers between 2 and 5 are missing"
+    assert numbers_missing([header(n, instance_number=None) for n in range(3)]) == ""
+    counted = [header(n, images_in_acquisition=9, acquisition_number=1) for n in range(5)]
+    assert numbers_missing(counted) == "the sender counts 9 images in the acquisition"
