@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import re
+import tracemalloc
 
 import numpy as np
 import pydicom
@@ -162,6 +163,18 @@ def test_files_that_are_no_dicom(tmp_path):
         read_volume([])
 
 
+def test_memory_stays_near_that_of_the_array(tmp_path):
+    paths = write_series(tmp_path, axial_positions(64), np.zeros((64, 256, 256), np.uint16))
+    tracemalloc.start()
+    try:
+        volume = read_volume(paths)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    one_slice = volume.hu[0].nbytes
+    assert peak < volume.hu.nbytes + 16 * one_slice
+
+
 # Attenuation
 
 
@@ -213,12 +226,15 @@ def test_declared_padding_becomes_air(tmp_path, attributes, expected):
     assert (read_volume(paths).hu[0].ravel() + 1024).tolist() == expected
 
 
-def test_padding_written_in_the_other_signedness(tmp_path):
+@pytest.mark.parametrize(
+    ("vr", "padding", "signed", "stored"), [("US", 63536, True, -2000), ("SS", -2000, False, 63536)]
+)
+def test_padding_written_in_the_other_signedness(tmp_path, vr, padding, signed, stored):
     def change(dataset, n):
-        dataset.add_new("PixelPaddingValue", "US", 63536)  # -2000 in two's complement
+        dataset.add_new("PixelPaddingValue", vr, padding)
 
-    stored = np.tile([-2000, 5, 6], (3, 2, 1))
-    paths = write_series(tmp_path, axial_positions(3), stored, bits_stored=16, signed=True, change=change)
+    pixels = np.tile([stored, 5, 6], (3, 2, 1))
+    paths = write_series(tmp_path, axial_positions(3), pixels, bits_stored=16, signed=signed, change=change)
     assert read_volume(paths).hu[0, 0].tolist() == [-1024, -1019, -1018]
 
 
