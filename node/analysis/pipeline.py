@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.registry import ModelIdentity
+from models.inference import Progress, Segmenter
 from models.scan_level import state
 from node.analysis.findings import LEFT, RIGHT, Findings
 from node.analysis.measure import measure
@@ -26,45 +25,9 @@ PLAUSIBLE_LUNG_ML = (200.0, 12_000.0)
 #: Lung area, mm², on the lowest or highest slice from which the lungs count as cut off there.
 CUT_OFF_MM2 = 100.0
 
-#: Called with a stage's name and the part of it that is done, 0 to 1.
-Progress = Callable[[str, float], None]
-
 
 class AnalysisError(VolumeError):
     """The series reads well, but its analysis would mislead; the message says why, free of patient data."""
-
-
-class Segmentation(Protocol):
-    """What the networks say about one volume, on the grid they were given."""
-
-    @property
-    def lungs(self) -> NDArray[np.uint8]:
-        """0 background, RIGHT, LEFT."""
-
-    @property
-    def probability(self) -> NDArray[np.floating]:
-        """Infection probability 0 to 1, 0 outside the lungs."""
-
-    @property
-    def threshold(self) -> float:
-        """Probability from which a voxel is infected."""
-
-    @property
-    def timings(self) -> dict[str, float]:
-        """Stage name → seconds."""
-
-
-class Segmenter(Protocol):
-    """Runs the networks on a canonical volume (see `Orientation`)."""
-
-    @property
-    def identities(self) -> tuple[ModelIdentity, ...]:
-        """The models, in order of use."""
-
-    def __call__(
-        self, hu: NDArray[np.int16], spacing: tuple[float, float, float], progress: Progress | None = None
-    ) -> Segmentation:
-        """Segment HU (slices, rows, columns) of this spacing in mm."""
 
 
 def analyse(paths: Sequence[Path], segmenter: Segmenter, progress: Progress | None = None) -> tuple[Volume, Findings]:
@@ -77,7 +40,7 @@ def analyse(paths: Sequence[Path], segmenter: Segmenter, progress: Progress | No
     segmenter
         The networks.
     progress
-        Told of every stage as it starts and ends, and whatever the networks tell in between.
+        Told of every stage as it starts (0) and ends (1), and whatever the networks tell in between.
 
     Returns
     -------

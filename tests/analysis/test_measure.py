@@ -100,13 +100,15 @@ def test_shapes_must_agree():
     hnp.arrays(np.float32, (4, 5, 6), elements=st.floats(0, 1, width=32)),
     hnp.arrays(np.int16, (4, 5, 6), elements=st.integers(-1024, 200)),
     st.integers(1, 4),
+    st.sampled_from([np.float16, np.float32]),
 )
-def test_agrees_with_plain_scipy(lungs, probability, hu, minimum):
+def test_agrees_with_plain_scipy(lungs, probability, hu, minimum, kind):
+    probability = probability.astype(kind)
     voxel_mm3 = MINIMUM_LESION_MM3 / minimum
     volume = volume_of(hu, (voxel_mm3, 1.0, 1.0))
     found = measure(volume, lungs, probability, 0.6)
 
-    infection = (probability >= np.float32(0.6)) & (lungs > 0)
+    infection = (probability >= kind(0.6)) & (lungs > 0)
     labels, count = ndimage.label(infection, np.ones((3, 3, 3)))
     expected = [labels == n for n in range(1, count + 1) if (labels == n).sum() >= minimum]
     assert len(found.lesion_list) == len(expected)
