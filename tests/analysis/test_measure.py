@@ -94,7 +94,7 @@ def test_shapes_must_agree():
         measure(volume_of(np.zeros((2, 3, 4))), np.zeros((2, 3, 5), np.uint8), np.zeros((2, 3, 4)), 0.5)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     hnp.arrays(np.uint8, (4, 5, 6), elements=st.integers(0, 2)),
     hnp.arrays(np.float32, (4, 5, 6), elements=st.floats(0, 1, width=32)),

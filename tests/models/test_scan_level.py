@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -146,6 +146,7 @@ def test_infection_outside_the_lungs_or_without_lungs_does_not_count():
     assert intensity(lungs, infection, MILLIMETRE).ratio == 1
 
 
+@settings(deadline=None)
 @given(hnp.arrays(bool, (3, 7, 6)), hnp.arrays(np.uint8, (3, 7, 6), elements=st.integers(0, 2)))
 def test_intensity_has_at_least_the_infected_share_of_the_lung(infection, lungs):
     outcome = intensity(lungs, infection, MILLIMETRE)
@@ -233,6 +234,7 @@ def test_without_any_dark_pixel_nothing_is_kept():
     assert open_lung(np.zeros((0, 16, 16), np.int16)).kept == ()
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 25000), min_size=1, max_size=12))
 def test_the_darkest_slice_is_kept_unless_no_pixel_is_dark(counts):
     volume = np.zeros((len(counts), 512, 512), np.int16)
