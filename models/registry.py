@@ -1,8 +1,32 @@
-"""Bundles by name: configuration, digest-checked weights, model card (MONAI bundle layout)."""
+"""Bundles by name: configuration, digest-checked weights, model card (MONAI bundle layout).
+
+A bundle is a folder: `configs/metadata.json`, `configs/inference.json`, `models/model.safetensors`, `docs/README.md`.
+Weights are data: only safetensors is read, only after its sha256 agreed with the metadata, and the network's
+configuration may name networks and numbers but no code.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle.config_parser import ConfigParser
+from safetensors import SafetensorError
+from safetensors.torch import load as read_safetensors
+
+#: Where the bundles lie that come with the program.
+BUNDLES = Path(__file__).parent / "bundles"
+
+#: Modules that a bundle's network may come from.
+_TRUSTED = ("models.networks.", "monai.networks.nets.")
+
+
+class BundleError(Exception):
+    """A bundle is missing, broken, or not what its metadata says."""
 
 
 @dataclass(frozen=True)
@@ -13,3 +37,126 @@ class ModelIdentity:
     version: str
     #: sha256 of `model.safetensors`, hex.
     sha256: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model on disk, its weights verified when it was loaded.
+
+    Attributes
+    ----------
+    name, version, sha256
+        See `ModelIdentity`.
+    metadata
+        `configs/metadata.json`.
+    path
+        The bundle's folder.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    metadata: dict[str, Any]
+    path: Path
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Name, version and digest."""
+        return ModelIdentity(self.name, self.version, self.sha256)
+
+    def load(self, device: str | torch.device = "cpu") -> torch.nn.Module:
+        """Build the network, in eval mode, with its weights.
+
+        Raises
+        ------
+        BundleError
+            The weights changed since, do not fit the network, or the configuration names anything but a network.
+        """
+        weights = _verified(self.path, self.sha256)
+        definition = _read_json(self.path / "configs" / "inference.json").get("network_def")
+        if not isinstance(definition, dict):
+            raise BundleError(f"{self.path / 'configs' / 'inference.json'}: no 'network_def' with a '_target_'")
+        _check_definition(definition, self.path / "configs" / "inference.json")
+        network: torch.nn.Module = ConfigParser({"network_def": definition}).get_parsed_content("network_def")
+        try:
+            network.load_state_dict(read_safetensors(weights))
+        except (SafetensorError, RuntimeError) as error:
+            raise BundleError(f"{self.path / WEIGHTS}: does not fit the network of inference.json: {error}") from None
+        return network.eval().requires_grad_(False).to(device)
+
+
+#: The weights' place within a bundle.
+WEIGHTS = Path("models") / "model.safetensors"
+
+
+def load_bundle(name_or_path: str | Path) -> Bundle:
+    """Find a bundle and verify its weights.
+
+    Parameters
+    ----------
+    name_or_path
+        A name of `list_bundles`, or a bundle's folder.
+
+    Raises
+    ------
+    BundleError
+        There is no such bundle, it is incomplete, or the digest of the weights is not the recorded one.
+    """
+    path = Path(name_or_path)
+    if not path.is_dir():
+        path = BUNDLES / name_or_path
+    file = path / "configs" / "metadata.json"
+    if not file.is_file():
+        known = ", ".join(list_bundles()) or "none"
+        raise BundleError(f"no bundle '{name_or_path}': {file} is missing; installed: {known}")
+    metadata = _read_json(file)
+    try:
+        name, version, digest = (metadata[key] for key in ("name", "version", "sha256"))
+    except KeyError as error:
+        raise BundleError(f"{file}: {error} is missing") from None
+    _verified(path, digest)
+    return Bundle(str(name), str(version), str(digest), metadata, path)
+
+
+def list_bundles() -> tuple[str, ...]:
+    """Names of the bundles that come with the program, sorted."""
+    return tuple(sorted(file.parents[1].name for file in BUNDLES.glob("*/configs/metadata.json")))
+
+
+def _verified(path: Path, expected: str) -> bytes:
+    """Bytes of the weights, which have the expected digest: read once, so that what is checked is what is used."""
+    file = path / WEIGHTS
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read ({error.strerror}); restore it from the release") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise BundleError(f"{file}: sha256 is {found}, metadata.json says {expected}; restore it from the release")
+    return content
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise BundleError(f"{file}: must hold one JSON object")
+    return content
+
+
+def _check_definition(node: Any, file: Path) -> None:
+    """Refuse what MONAI would run as code: foreign targets, expressions ($), references (@) and macros (%)."""
+    if isinstance(node, dict):
+        target = node.get("_target_")
+        if target is not None and not str(target).startswith(_TRUSTED):
+            raise BundleError(f"{file}: '_target_' {target!r} is not a network of {' or '.join(_TRUSTED)}")
+        for key, value in node.items():
+            _check_definition(key, file)
+            _check_definition(value, file)
+    elif isinstance(node, list):
+        for value in node:
+            _check_definition(value, file)
+    elif isinstance(node, str) and node[:1] in ("$", "@", "%"):
+        raise BundleError(f"{file}: {node!r} is an expression; a network definition may hold values only")

@@ -99,7 +99,7 @@ def draw_body(rng: np.random.Generator) -> Body:
     )
 
 
-@njit(parallel=True, nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(parallel=True, nogil=True, fastmath=True, cache=True)
 def anatomy(
     body: Body,
     origin: tuple[float, float, float],
@@ -134,7 +134,7 @@ def anatomy(
     return hu, label
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _voxel(body, x, y, z, table_y, coarse, fine):  # type: ignore[no-untyped-def]
     skin = _skin(body, x, y, z)
     if skin >= 0:
@@ -165,7 +165,7 @@ def _voxel(body, x, y, z, table_y, coarse, fine):  # type: ignore[no-untyped-def
     return lung, RIGHT_LUNG if x < 2 else LEFT_LUNG
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _skin(body, x, y, z):  # type: ignore[no-untyped-def]
     """Signed distance to the skin: trunk, breasts, shoulders."""
     rise = _smoothstep(40.0, 130.0, z)
@@ -183,7 +183,7 @@ def _skin(body, x, y, z):  # type: ignore[no-untyped-def]
     return distance
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _outside(body, x, y):  # type: ignore[no-untyped-def]
     """Air and the table: a curved carbon shell around foam."""
     top = body.half_depth + body.muscle + 0.8 * body.fat + body.table + 4.0 - (x / 230.0) ** 2 * 22.0
@@ -196,7 +196,7 @@ def _outside(body, x, y):  # type: ignore[no-untyped-def]
     return _AIR
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _cavity(body, x, y, z):  # type: ignore[no-untyped-def]
     """Signed distance to the inner chest wall, and the y of the cavity's axis, which leans back towards the apex."""
     t = (z - body.middle) / (body.apex - body.middle)
@@ -211,7 +211,7 @@ def _cavity(body, x, y, z):  # type: ignore[no-untyped-def]
     return distance, yc
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _wall(body, x, y, z, yc, skin, cavity, coarse, fine):  # type: ignore[no-untyped-def]
     """Chest wall from the skin inwards: skin, fat, muscle, scapula, ribs, sternum, clavicles."""
     if skin > -2.0:
@@ -249,7 +249,7 @@ def _wall(body, x, y, z, yc, skin, cavity, coarse, fine):  # type: ignore[no-unt
     return hu
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _spine(body, x, y, z, fine):  # type: ignore[no-untyped-def]
     """HU of vertebra, disc or canal, or `_NOTHING`."""
     t = max((z - body.middle) / (body.apex - body.middle), 0.0)
@@ -273,7 +273,7 @@ def _spine(body, x, y, z, fine):  # type: ignore[no-untyped-def]
     return _NOTHING
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _airway(body, x, y, z):  # type: ignore[no-untyped-def]
     """Signed distance to the lumen of trachea and main bronchi."""
     c, r = body.carina, body.trachea
@@ -285,7 +285,7 @@ def _airway(body, x, y, z):  # type: ignore[no-untyped-def]
     return min(distance, min(right, left))
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _mediastinum(body, x, y, z, yc, coarse, fine):  # type: ignore[no-untyped-def]
     """Signed distance to the mediastinum and the HU within it: fat, heart, great vessels, oesophagus."""
     t = (y - yc) / body.half_depth
@@ -308,7 +308,7 @@ def _mediastinum(body, x, y, z, yc, coarse, fine):  # type: ignore[no-untyped-de
     return distance, hu
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _heart(body, x, y, z):  # type: ignore[no-untyped-def]
     """Signed distance to the heart, an ellipsoid whose apex points left and forward."""
     cos, sin, s = math.cos(body.heart_turn), math.sin(body.heart_turn), body.heart_size
@@ -317,7 +317,7 @@ def _heart(body, x, y, z):  # type: ignore[no-untyped-def]
     return (math.sqrt((u / (60.0 * s)) ** 2 + (v / (44.0 * s)) ** 2 + (dz / (50.0 * s)) ** 2) - 1.0) * 44.0 * s
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _great_vessels(body, x, y, z):  # type: ignore[no-untyped-def]
     """Signed distance to aorta, superior caval vein, pulmonary arteries and veins."""
     r, back = body.aorta, body.spine_y - 18.0
@@ -339,7 +339,7 @@ def _great_vessels(body, x, y, z):  # type: ignore[no-untyped-def]
     return min(distance, min(trunk, min(arteries - 10.0, veins - 11.0)))
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _dome(body, x, y):  # type: ignore[no-untyped-def]
     """Height z of the diaphragm; it falls off towards the costophrenic recess."""
     a, b = body.half_width, body.half_depth
@@ -351,7 +351,7 @@ def _dome(body, x, y):  # type: ignore[no-untyped-def]
     )
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _abdomen(body, x, y, z, dome, coarse, fine):  # type: ignore[no-untyped-def]
     """HU below the diaphragm: liver, stomach and colon with gas, spleen, fat."""
     if z > dome - 3.0:
@@ -378,26 +378,26 @@ def _abdomen(body, x, y, z, dome, coarse, fine):  # type: ignore[no-untyped-def]
     return body.fat_hu + 20.0 + 12.0 * fine
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _smoothstep(low, high, value):  # type: ignore[no-untyped-def]
     t = min(max((value - low) / (high - low), 0.0), 1.0)
     return t * t * (3.0 - 2.0 * t)
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _smooth_minimum(a, b, blend):  # type: ignore[no-untyped-def]
     h = max(blend - abs(a - b), 0.0) / blend
     return min(a, b) - 0.25 * h * h * blend
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _superellipse(x, y, a, b, n):  # type: ignore[no-untyped-def]
     """Distance to a superellipse, exact on the rim and nearly so beside it."""
     r = (abs(x / a) ** n + abs(y / b) ** n) ** (1.0 / n) + 1e-6
     return (r - 1.0) * math.sqrt(x * x + y * y + 1e-3) / r
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, cache=True)
 def _capsule(x, y, z, ax, ay, az, bx, by, bz):  # type: ignore[no-untyped-def]
     """Distance to the segment from a to b."""
     vx, vy, vz = bx - ax, by - ay, bz - az

@@ -113,7 +113,8 @@ class _Grid:
 
     def positions(self, voxels: NDArray[np.int64]) -> NDArray[np.float64]:
         """Voxel indices [n, 3] in mm."""
-        return np.asarray(self.origin) + voxels * np.asarray(self.spacing)
+        place: NDArray[np.float64] = np.asarray(self.origin) + voxels * np.asarray(self.spacing)
+        return place
 
 
 def _check(shape: tuple[int, int, int], spacing: tuple[float, float, float] | None, severity: int | None) -> None:
@@ -186,7 +187,7 @@ def _tree(
     return np.asarray(segments, np.float32)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _draw_capsules(cover, segments, grow, origin, spacing):  # type: ignore[no-untyped-def]
     """Composite the segments' partial volumes (0 to 255) into `cover` by maximum."""
     voxel = spacing.mean()
@@ -325,4 +326,5 @@ def _image(rng: np.random.Generator, grid: _Grid, hu: _Array, noise_hu: float | 
 
 def _smoothstep(low: float, high: float, value: _Array) -> _Array:
     t = np.clip((value - low) / (high - low), 0, 1)
-    return (t * t * (3 - 2 * t)).astype(np.float32)
+    step: _Array = (t * t * (3 - 2 * t)).astype(np.float32)
+    return step

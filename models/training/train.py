@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,18 +17,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from monai.losses import DiceCELoss
-from monai.transforms import (
-    Compose,
+from monai.losses.dice import DiceCELoss
+from monai.transforms.compose import Compose
+from monai.transforms.intensity.dictionary import (
     RandAdjustContrastd,
-    RandAffined,
     RandGaussianNoised,
     RandGaussianSmoothd,
     RandHistogramShiftd,
-    RandomizableTransform,
     RandScaleIntensityd,
     RandShiftIntensityd,
 )
+from monai.transforms.spatial.dictionary import RandAffined
+from monai.transforms.transform import RandomizableTransform
 from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
@@ -104,8 +105,10 @@ def train(task: Task, data: Path, minutes: float, seed: int, out: Path, threads:
     plan = PLANS[task]
     patients = list(datasets.split(patients_of(task, data), seed).train) + datasets.phantoms(TRAINING_PHANTOMS)
     loader = DataLoader(_Slices(task, patients, seed), batch_size=plan.batch, num_workers=1, prefetch_factor=4)
-    model = XceptionUNet(**plan.network).to(memory_format=torch.channels_last)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.997), use_buffers=True)
+    model = XceptionUNet(**plan.network)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    averaging = get_ema_multi_avg_fn(0.997)  # type: ignore[no-untyped-call]
+    average = AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
     optimiser = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=1e-4)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
@@ -114,18 +117,17 @@ def train(task: Task, data: Path, minutes: float, seed: int, out: Path, threads:
     budget, smooth, last_saved = minutes * 60, float("nan"), time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        bar = progress.add_task(task, total=budget, completed=spent)
+        bar = progress.add_task(task, total=budget, completed=int(spent))
         tick = time.monotonic()
         for image, target in loader:
-            rate = (
-                plan.learning_rate
-                * min(1.0, (step + 1) / 100)
-                * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * spent / budget)))
-            )
+            rate = _rate(plan.learning_rate, step, spent / budget)
             for group in optimiser.param_groups:
                 group["lr"] = rate
             loss = _step(model, loss_of, optimiser, image, target)
-            average.update_parameters(model) if step >= 200 else average.module.load_state_dict(model.state_dict())
+            if step >= 200:
+                average.update_parameters(model)
+            else:
+                average.module.load_state_dict(model.state_dict())
             step += 1
             smooth = loss if np.isnan(smooth) else 0.98 * smooth + 0.02 * loss
             now = time.monotonic()
@@ -188,7 +190,8 @@ class _Slices(IterableDataset[tuple[Tensor, Tensor]]):
         mask = patient.infection if self.task == "infection" else patient.lungs
         if mask is None:
             raise ValueError(f"{patient.id} has no mask of {self.task}")
-        return mask[index].astype(np.uint8)
+        drawn: NDArray[np.uint8] = mask[index].astype(np.uint8)
+        return drawn
 
 
 class _ScannerVariety(RandomizableTransform):
@@ -259,6 +262,11 @@ def _crop(
     return images
 
 
+def _rate(top: float, step: int, done: float) -> float:
+    """Learning rate: up over 100 steps, down along a cosine to a hundredth."""
+    return top * min(1.0, (step + 1) / 100) * (0.01 + 0.495 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
 def _loss(task: Task) -> nn.Module:
     if task == "lungs":
         return DiceCELoss(softmax=True, to_onehot_y=True, include_background=False, batch=True)
@@ -319,7 +327,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of checkpoint and weights; default build/training/TASK")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     out = arguments.out or Path("build/training") / arguments.task
     weights = train(arguments.task, arguments.data, arguments.minutes, arguments.seed, out, arguments.threads)
     logging.info("weights: %s", weights)
