@@ -15,10 +15,10 @@ from node.analysis.orientation import Orientation
 from node.analysis.volume import Volume
 from node.results.typesetting import DIM, TEXT, write
 
-#: Colours, of the palette of Okabe and Ito: orange and sky blue differ for every kind of colour vision, and in
+#: Colours, near those of the palette of Okabe and Ito: orange and blue differ for every kind of colour vision, and in
 #: brightness, so that they differ on a grey monitor too.
-INFECTION = (240, 150, 0)
-LUNG = (86, 180, 233)
+INFECTION = (255, 170, 0)
+LUNG = (70, 150, 230)
 
 #: Lung window: centre and width, HU.
 LUNG_WINDOW = (-600.0, 1500.0)

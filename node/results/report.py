@@ -55,7 +55,7 @@ PRIVATE_CODES = {
     "201": "Slices with infection",
     "202": "Longest run of slices with infection",
     "203": "Length of longest run of slices with infection",
-    "204": "Lesion boxes to lung area ratio",
+    "204": "Lesion boxes per lung area",
     "205": "Lesion boxes",
     "206": "Scan infection probability (Noisy-OR)",
     "211": "Consecutive slices rule",
@@ -112,12 +112,11 @@ def build(findings: Findings, analysis: Analysis) -> Dataset | None:
     return cast("Dataset", document)
 
 
-#: UCUM units (PS3.16 CID 82), with the text that a viewer shows.
+#: UCUM units (PS3.16 CID 82). OHIF shows the code, so shares and probabilities are % and not the bare '1'.
 _ML = Code("ml", "UCUM", "ml")
 _PERCENT = Code("%", "UCUM", "%")
 _HU = Code("[hnsf'U]", "UCUM", "HU")
 _MM = Code("mm", "UCUM", "mm")
-_NONE = Code("1", "UCUM", "no units")
 _SLICES = Code("{slices}", "UCUM", "slices")
 _BOXES = Code("{boxes}", "UCUM", "boxes")
 
@@ -183,7 +182,7 @@ def _lesion_group(
         _site(lesion.side.capitalize()),
         _region(mask, lesion.key_slice, analysis),
         [
-            _measure(_private("106"), lesion.probability, _NONE, 3),
+            _measure(_private("106"), 100 * lesion.probability, _PERCENT, 1),
             _measure(codes.SCT.Volume, lesion.volume_ml, _ML, 2),
             _measure(_MEAN_HU, lesion.mean_hu, _HU, 1),
         ],
@@ -206,7 +205,7 @@ def _group(
     tracking_uid = analysis.uid("tracking", name)
     return hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
         # The UIDs of the lungs are those of the segments, which ties the two objects together.
-        tracking_identifier=hd.sr.TrackingIdentifier(uid=tracking_uid, identifier=f"{label} {tracking_uid[-8:]}"),
+        tracking_identifier=hd.sr.TrackingIdentifier(uid=tracking_uid, identifier=label),
         referenced_regions=[region],
         finding_type=finding,
         finding_sites=[site],
@@ -242,9 +241,9 @@ def _scan_level(
         _measure(_private("201"), consecutive.positive_slices, _SLICES, 0),
         _measure(_private("202"), consecutive.longest_run, _SLICES, 0),
         _measure(_private("203"), consecutive.longest_run_mm, _MM, 1),
-        _measure(_private("204"), intensity.ratio, _NONE, 4),
+        _measure(_private("204"), 100 * intensity.ratio, _PERCENT, 2),
         _measure(_private("205"), intensity.boxes, _BOXES, 0),
-        _measure(_private("206"), noisy_or.probability, _NONE, 4),
+        _measure(_private("206"), 100 * noisy_or.probability, _PERCENT, 2),
     ]
     evaluations = [
         hd.sr.QualitativeEvaluation(_private("211"), _POSITIVE if consecutive.positive else _NEGATIVE),

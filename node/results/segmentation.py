@@ -156,7 +156,7 @@ def _describe_segment(
             parameters={"sha256": model.sha256},
         ),
         tracking_uid=analysis.uid("tracking", segment.name),
-        tracking_id=f"{segment.label} {analysis.uid('tracking', segment.name)[-8:]}",
+        tracking_id=segment.label,
         anatomic_regions=None if segment.region is None else [segment.region],
         display_color=hd.color.CIELabColor.from_rgb(*COLOURS[segment.name]),
     )

@@ -1,0 +1,342 @@
+"""The objects as independent readers see them: dicom3tools, DCMTK, dcmqi, and highdicom's own parser."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import highdicom as hd
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+from conftest import tool
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.uid import EnhancedCTImageStorage
+from synthetic_chest import (
+    FEET_FIRST,
+    MOMENT,
+    PRONE,
+    RIGHT_UPPER_POSTERIOR,
+    Chest,
+    Shape,
+    crude_findings,
+    make_chest,
+)
+
+from node import results
+from node.analysis.findings import LEFT, RIGHT
+from node.analysis.volume import read_volume
+from node.results.identity import NOT_FOR_DIAGNOSIS
+
+LEFT_LOWER = ((70.0, 20.0, -50.0), 26.0)
+
+#: Series that are stored in every way that has shifted or flipped somebody's segmentation.
+STORED = {
+    "supine": Shape(),
+    "prone": Shape(orientation=PRONE, patient_position="HFP"),
+    # Rows run from the patient's left to the right, and sorting along the normal goes from the head down.
+    "feet first": Shape(orientation=FEET_FIRST, patient_position="FFS"),
+    "oblique": Shape(orientation=(0.9961946981, 0.0871557427, 0.0, -0.0871557427, 0.9961946981, 0.0)),
+    "coronal": Shape(slices=30, orientation=(1.0, 0.0, 0.0, 0.0, 0.0, -1.0), extent=(300.0, 240.0, 360.0)),
+    "7 x 13": Shape(slices=9, rows=7, columns=13),
+    "unequal spacing": Shape(rows=96, columns=40),
+}
+
+
+@pytest.fixture(scope="module", params=STORED)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Chest, dict[str, Path]]:
+    folder = tmp_path_factory.mktemp("chest")
+    chest = make_chest(folder / "ct", STORED[request.param], [LEFT_LOWER, RIGHT_UPPER_POSTERIOR])
+    return chest, build(chest, folder)
+
+
+@pytest.fixture(scope="module")
+def one_lesion(tmp_path_factory: pytest.TempPathFactory) -> tuple[Chest, dict[str, Path]]:
+    """One small lesion, right upper lung, at the back."""
+    folder = tmp_path_factory.mktemp("one")
+    chest = make_chest(folder / "ct")
+    return chest, build(chest, folder)
+
+
+def build(chest: Chest, folder: Path, **arguments: Any) -> dict[str, Path]:
+    made = results.build(chest.volume, chest.findings, None, folder, content_datetime=MOMENT, **arguments)
+    return {each.kind: each.path for each in made}
+
+
+def errors_of(path: Path) -> list[str]:
+    """What dciodvfy calls an error."""
+    told = subprocess.run([tool("dciodvfy"), "-new", path], capture_output=True, text=True)
+    lines = (told.stdout + told.stderr).splitlines()
+    assert any(not line.startswith(("Warning", "Error")) for line in lines), "the IOD was not recognised"
+    return [line for line in lines if line.startswith("Error")]
+
+
+def walk(item: Dataset) -> Iterator[Dataset]:
+    yield item
+    for child in item.get("ContentSequence", []):
+        yield from walk(child)
+
+
+def groups_of(path: Path) -> list[Any]:
+    document = hd.sr.srread(path)
+    return list(document.content.get_volumetric_roi_measurement_groups())
+
+
+@pytest.mark.peer
+def test_dciodvfy_finds_no_error(made: tuple[Chest, dict[str, Path]]) -> None:
+    _, paths = made
+    assert set(paths) == set(results.KINDS)
+    for path in paths.values():
+        assert errors_of(path) == []
+
+
+@pytest.mark.peer
+def test_results_and_sources_are_one_study(one_lesion: tuple[Chest, dict[str, Path]]) -> None:
+    chest, paths = one_lesion
+    files = [source.path for source in chest.volume.sources] + list(paths.values())
+    told = subprocess.run([tool("dcentvfy"), *files], capture_output=True, text=True)
+    assert [line for line in (told.stdout + told.stderr).splitlines() if line.startswith("Error")] == []
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("kind", "first", "second"), [("lung-seg", "right", "left"), ("infection-seg", "right", "left")]
+)
+def test_dcmqi_reads_every_voxel_in_its_place(
+    made: tuple[Chest, dict[str, Path]], tmp_path: Path, kind: str, first: str, second: str
+) -> None:
+    chest, paths = made
+    expected = chest.findings.lungs * (chest.findings.lesions > 0 if kind == "infection-seg" else 1)
+    subprocess.run(
+        [
+            tool("segimage2itkimage"),
+            *("--inputDICOM", paths[kind], "--outputDirectory", tmp_path, "--prefix", "mask"),
+            *("--outputType", "nrrd", "--mergeSegments"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    described = json.loads((tmp_path / "mask-meta.json").read_text())["segmentAttributes"][0]
+    values = {segment["SegmentLabel"]: segment["labelID"] for segment in described}
+    assert len(values) == 2
+    assert first in min(values, key=lambda name: values[name]).lower()
+    image = SimpleITK.ReadImage(str(tmp_path / "mask-1.nrrd"))
+    read = SimpleITK.GetArrayFromImage(image)
+    # The reader's grid spans the slices with something on them, in an order of its own: go through the patient.
+    placed = np.zeros_like(chest.findings.lungs)
+    voxels = np.argwhere(read)
+    inverse = np.linalg.inv(chest.volume.affine)
+    for k, j, i in voxels:
+        point = image.TransformIndexToPhysicalPoint((int(i), int(j), int(k)))
+        column, row, plane = (inverse[:3, :3] @ point + inverse[:3, 3]).round().astype(int)
+        placed[plane, row, column] = read[k, j, i]
+    assert np.array_equal(placed, expected)
+
+
+def test_every_frame_names_the_slice_it_lies_on(made: tuple[Chest, dict[str, Path]]) -> None:
+    chest, paths = made
+    positions = {source.sop_instance_uid: source.position for source in chest.volume.sources}
+    for kind in ("lung-seg", "infection-seg"):
+        seg = pydicom.dcmread(paths[kind])
+        assert seg.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.1"
+        assert (seg.SegmentationType, seg.SegmentsOverlap) == ("BINARY", "NO")
+        assert [segment.SegmentNumber for segment in seg.SegmentSequence] == [1, 2]
+        assert all("RecommendedDisplayCIELabValue" in segment for segment in seg.SegmentSequence)
+        (series,) = seg.ReferencedSeriesSequence
+        assert series.SeriesInstanceUID == chest.volume.series_instance_uid
+        assert {item.ReferencedSOPInstanceUID for item in series.ReferencedInstanceSequence} == set(positions)
+        for frame in seg.PerFrameFunctionalGroupsSequence:
+            (source,) = frame.DerivationImageSequence[0].SourceImageSequence
+            here = [float(value) for value in frame.PlanePositionSequence[0].ImagePositionPatient]
+            assert here == pytest.approx(positions[source.ReferencedSOPInstanceUID], abs=1e-6)
+        assert seg.pixel_array.reshape(seg.NumberOfFrames, -1).any(axis=1).all(), "an empty frame"
+
+
+def contour_of(group: Any) -> tuple[str, NDArray[np.float64]]:
+    (region,) = group.roi
+    (source,) = region.ContentSequence
+    return source.ReferencedSOPSequence[0].ReferencedSOPInstanceUID, region.value
+
+
+def test_every_group_outlines_its_finding_on_a_source_slice(made: tuple[Chest, dict[str, Path]]) -> None:
+    chest, paths = made
+    findings = chest.findings
+    infected = findings.lesions > 0
+    masks = [findings.lungs == RIGHT, findings.lungs == LEFT, infected, findings.lesions == 1, findings.lesions == 2]
+    groups = groups_of(paths["sr"])
+    assert len(groups) == len(masks)
+    names = {source.sop_instance_uid: k for k, source in enumerate(chest.volume.sources)}
+    for group, mask in zip(groups, masks, strict=True):
+        uid, points = contour_of(group)
+        plane = mask[names[uid]]
+        assert plane.sum() == mask.sum(axis=(1, 2)).max()
+        assert np.array_equal(points[0], points[-1])
+        rows, columns = np.nonzero(plane)
+        assert points.min(axis=0).tolist() >= [columns.min(), rows.min()]
+        # Corner coordinates: a pixel's far edge is its index plus one.
+        assert points.max(axis=0).tolist() <= [columns.max() + 1, rows.max() + 1]
+
+
+@pytest.mark.peer
+def test_tid1500reader_reads_the_measurements(made: tuple[Chest, dict[str, Path]], tmp_path: Path) -> None:
+    chest, paths = made
+    out = tmp_path / "sr.json"
+    subprocess.run(
+        [tool("tid1500reader"), "--inputDICOM", paths["sr"], "--outputMetadata", out], check=True, capture_output=True
+    )
+    groups = json.loads(out.read_text())["Measurements"]
+    read = [
+        {item["quantity"]["CodeMeaning"]: float(item["value"]) for item in group["measurementItems"]}
+        for group in groups
+    ]
+    right, left, infection, *lesions = read
+    findings = chest.findings
+    assert right["Volume"] == pytest.approx(findings.right.volume_ml, abs=0.06)
+    assert left["Volume"] == pytest.approx(findings.left.volume_ml, abs=0.06)
+    assert right["Right lung infected share"] == pytest.approx(100 * findings.right.infected_share, abs=0.006)
+    assert left["Left lung infected volume"] == pytest.approx(findings.left.infected_ml, abs=0.006)
+    assert infection["Volume"] == pytest.approx(findings.both.infected_ml, abs=0.006)
+    assert infection["Mean Attenuation Coefficient"] == pytest.approx(findings.both.infected_mean_hu, abs=0.06)
+    assert infection["Longest run of slices with infection"] == findings.scan.consecutive.longest_run
+    assert [lesion["Volume"] for lesion in lesions] == pytest.approx(
+        [lesion.volume_ml for lesion in findings.lesion_list], abs=0.006
+    )
+    assert [group.get("Laterality", {}).get("CodeMeaning") for group in groups[:2]] == ["Right", "Left"]
+    assert all(group["TrackingIdentifier"] and group["TrackingUniqueIdentifier"] for group in groups)
+
+
+@pytest.mark.peer
+def test_dsrdump_shows_the_statement_with_its_inputs(one_lesion: tuple[Chest, dict[str, Path]]) -> None:
+    chest, paths = one_lesion
+    told = subprocess.run([tool("dsrdump"), "+Pl", paths["sr"]], capture_output=True, text=True, check=True)
+    assert told.stderr == ""
+    rule = chest.findings.scan.consecutive
+    for words in (
+        f"longest run {rule.longest_run} ({rule.longest_run_mm:.0f} mm)",
+        f"positive from {rule.minimum_run} in a row",
+        "Intensity ratio",
+        "alarming from 0.15",
+        "Noisy-OR",
+        NOT_FOR_DIAGNOSIS,
+        *(f"{model.name} {model.version} (sha256 {model.sha256})" for model in chest.findings.models),
+    ):
+        assert words in told.stdout.replace("\n", " "), words
+
+
+def test_one_small_lesion_lies_right_up_and_back_in_every_object(one_lesion: tuple[Chest, dict[str, Path]]) -> None:
+    chest, paths = one_lesion
+    middle, _ = RIGHT_UPPER_POSTERIOR
+    # SEG, by highdicom's volume reader.
+    seg = hd.seg.segread(paths["infection-seg"])
+    assert seg.number_of_segments == 1
+    assert seg.get_segment_description(1).SegmentLabel == "Infection, right lung"
+    volume = seg.get_volume(combine_segments=True)
+    seen = volume.map_indices_to_reference(np.argwhere(volume.array)).mean(axis=0)
+    assert seen == pytest.approx(middle, abs=3)
+    # SR, by the slice that its outline names.
+    lesion = groups_of(paths["sr"])[-1]
+    uid, points = contour_of(lesion)
+    (source,) = [header for header in chest.headers if header.SOPInstanceUID == uid]
+    column, row = (points.min(axis=0) + points.max(axis=0)) / 2
+    x, y, z = (float(value) for value in source.ImagePositionPatient)
+    row_mm, column_mm = source.PixelSpacing
+    # 0, 0 of an outline is the corner of the first pixel, whose centre is Image Position (Patient).
+    assert x + (column - 0.5) * column_mm == pytest.approx(middle[0], abs=3)
+    assert y + (row - 0.5) * row_mm == pytest.approx(middle[1], abs=3)
+    assert z == pytest.approx(middle[2], abs=chest.volume.spacing[0])
+    assert lesion.finding_sites[0].laterality.meaning == "Right"
+
+
+def test_without_infection_the_report_and_the_capture_say_so(tmp_path: Path) -> None:
+    chest = make_chest(tmp_path / "ct", lesions=[])
+    paths = build(chest, tmp_path)
+    assert set(paths) == {"lung-seg", "sr", "capture"}
+    texts = [item.TextValue for item in walk(pydicom.dcmread(paths["sr"])) if item.get("ValueType") == "TEXT"]
+    assert any(text.startswith("No infection found") for text in texts)
+    groups = groups_of(paths["sr"])
+    assert len(groups) == 2
+    evaluations = {each.name.meaning: each.value.meaning for each in groups[0].get_qualitative_evaluations()}
+    assert evaluations["Consecutive slices rule"] == "Negative"
+    assert evaluations["Intensity rule"] == "Not COVID-19-like"
+
+
+@pytest.mark.peer
+def test_without_infection_the_objects_are_sound(tmp_path: Path) -> None:
+    for path in build(make_chest(tmp_path / "ct", lesions=[]), tmp_path).values():
+        assert errors_of(path) == []
+
+
+def test_only_the_largest_lesions_are_listed_one_by_one(tmp_path: Path) -> None:
+    balls = [((-75.0, -60.0 + 40 * n, z), 9.0 + n + z / 50) for n in range(4) for z in (-50.0, 0.0, 50.0)]
+    chest = make_chest(tmp_path / "ct", Shape(slices=48), balls)
+    paths = build(chest, tmp_path, kinds=["sr"])
+    lesions = groups_of(paths["sr"])[3:]
+    assert [group.get_measurements()[1].value for group in lesions] == pytest.approx(
+        [round(lesion.volume_ml, 2) for lesion in chest.findings.lesion_list[:10]]
+    )
+    texts = " ".join(item.get("TextValue", "") for item in walk(pydicom.dcmread(paths["sr"])))
+    assert "the 10 largest of 12 lesions" in texts
+
+
+@pytest.mark.peer
+def test_frames_of_a_multi_frame_source_are_named(tmp_path: Path) -> None:
+    chest = make_chest(tmp_path / "ct")
+    sources = tuple(
+        replace(source, sop_class_uid=str(EnhancedCTImageStorage), sop_instance_uid="1.2.826.0.1.9.9", frame=24 - k)
+        for k, source in enumerate(chest.volume.sources)
+    )
+    header = Dataset(chest.headers[0])
+    header.SOPClassUID, header.SOPInstanceUID = EnhancedCTImageStorage, "1.2.826.0.1.9.9"
+    volume = replace(chest.volume, sources=sources)
+    made = results.build(volume, chest.findings, [header], tmp_path, content_datetime=MOMENT)
+    paths = {each.kind: each.path for each in made}
+    frames = {round(source.position[2], 3): source.frame for source in sources}
+    seg = pydicom.dcmread(paths["lung-seg"])
+    assert len(seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence) == 1
+    for group in seg.PerFrameFunctionalGroupsSequence:
+        (source,) = group.DerivationImageSequence[0].SourceImageSequence
+        z = round(float(group.PlanePositionSequence[0].ImagePositionPatient[2]), 3)
+        assert source.ReferencedSOPInstanceUID == "1.2.826.0.1.9.9"
+        assert source.ReferencedFrameNumber == frames[z]
+    for path in paths.values():
+        assert errors_of(path) == []
+    reference = next(item for item in walk(pydicom.dcmread(paths["sr"])) if item.get("ValueType") == "IMAGE")
+    assert reference.ReferencedSOPSequence[0].ReferencedFrameNumber in frames.values()
+
+
+@pytest.mark.peer
+def test_not_analysed_says_why_in_the_source_study(tmp_path: Path) -> None:
+    chest = make_chest(tmp_path / "ct")
+    reason = "there is a gap at z = 12.5 mm"
+    made = results.not_analysed(chest.headers, reason, tmp_path, results.KINDS, MOMENT)
+    assert [each.kind for each in made] == ["sr", "capture"]
+    for each in made:
+        assert errors_of(each.path) == []
+        assert pydicom.dcmread(each.path).StudyInstanceUID == chest.volume.study_instance_uid
+    told = subprocess.run([tool("dsrdump"), "+Pl", made[0].path], capture_output=True, text=True, check=True)
+    assert f"Not analysed: {reason}" in told.stdout
+    other = results.not_analysed(chest.headers, "no lungs found", tmp_path, ["capture"], MOMENT)
+    assert other[0].sop_instance_uid != made[1].sop_instance_uid
+
+
+@pytest.mark.data
+@pytest.mark.peer
+def test_a_real_series_gets_sound_objects(data_dir: Path, tmp_path: Path) -> None:
+    """P001: real geometry, and no Patient's Name at all; the masks are crude thresholds."""
+    paths = sorted((data_dir / "ct-series" / "covid-ct-md" / "P001").glob("*.dcm"))
+    volume = read_volume(paths)
+    findings = crude_findings(volume)
+    made = results.build(volume, findings, None, tmp_path, content_datetime=MOMENT)
+    assert [each.kind for each in made] == list(results.KINDS)
+    for each in made:
+        assert errors_of(each.path) == []
+        assert pydicom.dcmread(each.path, stop_before_pixels=True).PatientName == ""
+    seg = hd.seg.segread(made[1].path)
+    read = seg.get_volume(combine_segments=True)
+    assert np.count_nonzero(read.array) == np.count_nonzero(findings.lungs)
