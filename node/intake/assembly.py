@@ -34,6 +34,9 @@ GRACE_S = 2.0
 #: How an association ended: by A-RELEASE, because nothing came for too long between two instances, or otherwise.
 Ending = Literal["released", "idle", "aborted"]
 
+#: Series whose refused instances are remembered after they were closed; beyond it the oldest are forgotten.
+_REMEMBERED = 1000
+
 #: Seconds until a series is offered again when `on_closed` failed.
 RETRY_S = 5.0
 
@@ -101,6 +104,8 @@ class Assembly:
         self._open: dict[_Key, _OpenSeries] = {}
         #: The series that each association sent last: it may be in the midst of it.
         self._sending: dict[AssociationId, _Key] = {}
+        #: SOP instance UIDs that were refused and have not come since; outlives the closing of their series.
+        self._lacking: dict[_Key, set[str]] = {}
         self._lock = threading.RLock()
         self._ticking = threading.Lock()
 
@@ -128,6 +133,9 @@ class Assembly:
             series = self._open.get(key) or self._begin(key, header)
             if header.sop_instance_uid not in series.instances:
                 series.refused.add(header.sop_instance_uid)
+                self._lacking[key] = series.refused
+                if len(self._lacking) > _REMEMBERED:
+                    del self._lacking[next(iter(self._lacking))]
             series.touch(association, self._clock())
 
     def association_ended(self, association: AssociationId, ending: Ending = "released") -> None:
@@ -165,7 +173,7 @@ class Assembly:
         return len(self._open)
 
     def _begin(self, key: _Key, header: InstanceHeader) -> _OpenSeries:
-        series = self._open[key] = _OpenSeries(key, self._clock())
+        series = self._open[key] = _OpenSeries(key, self._clock(), refused=self._lacking.get(key, set()))
         try:
             for known, path in self._recall(*key):
                 series.instances[known.sop_instance_uid] = (known, path)
@@ -207,7 +215,7 @@ class Assembly:
             # Outside the lock, so that a slow ledger does not hold up the associations.
             self._on_closed(closed)
         except Exception as error:
-            log.exception("closed series was not taken, kept open", series=series.key[1], error=plainly(error))
+            log.error("closed series was not taken, kept open", series=series.key[1], error=plainly(error))
             with self._lock:
                 series.retry_at = self._clock() + RETRY_S
                 series.examined = False
@@ -222,6 +230,8 @@ class Assembly:
         with self._lock:
             if series.extent == extent:
                 self._open.pop(series.key, None)
+                if not series.refused:
+                    self._lacking.pop(series.key, None)
             else:
                 series.reopened = True
 

@@ -19,7 +19,7 @@ from node.intake.header import InstanceHeader
 GAP_STEPS = 1.5
 
 #: mm within which two slices are at the same place: decimal strings are rounded, slices are not this thin.
-SAME_PLACE_MM = 0.01
+SAME_PLACE_MM = 0.05
 
 #: Normals whose cosine is above this (2.6 degrees) belong to one stack.
 SAME_NORMAL = 0.999
@@ -126,7 +126,7 @@ def _judge(stack: list[_Slice]) -> Tiling:
     steps = sorted(b - a for a, b in pairwise(along))
     if not steps:
         return Tiling("unknown", f"all {len(stack)} slices are at one place", along[0], along[0], 0.0, layers)
-    # The lower quartile is the true step even when several slices are missing, and is not misled by a few extra ones.
+    # The lower quartile is the true step even when several slices are missing, and a few extra ones do not mislead it.
     step = steps[len(steps) // 4]
     gaps = [(a + b) / 2 for a, b in pairwise(along) if b - a > GAP_STEPS * step]
     if gaps:
@@ -135,6 +135,9 @@ def _judge(stack: list[_Slice]) -> Tiling:
     thin = [at[0].along for at in places if len(at) < max(map(len, places))]
     if thin:
         detail = f"{_list_gaps(thin)} (fewer slices there than elsewhere)"
+        return Tiling("gap", detail, along[0], along[-1], step, layers)
+    if steps[-1] > GAP_STEPS * steps[0]:
+        detail = f"uneven spacing: {steps[0]:z.1f} to {steps[-1]:z.1f} mm between slices"
         return Tiling("gap", detail, along[0], along[-1], step, layers)
     detail = f"slices tile space from z={along[0]:z.1f} to z={along[-1]:z.1f} every {step:z.1f} mm"
     return Tiling("even", detail, along[0], along[-1], step, layers)

@@ -27,6 +27,9 @@ CT_CLASSES = frozenset(
 #: reformats along an airway or vessel by tens.
 MAX_OBLIQUE_DEG = 10.0
 
+#: Degrees up to which slices are meant to be axial, be it with a tilted gantry (they tilt by up to 30).
+MAX_LEAN_DEG = 30.0
+
 #: Degrees of gantry tilt, or of shear between slices, from which a stack is no rectangular volume.
 MAX_TILT_DEG = 1.0
 
@@ -76,6 +79,9 @@ class Verdict:
 
     analyse: bool
     reason: str
+    #: For one that is not analysed: whether readers would expect it to be, so that the study should say why not. A
+    #: localizer or a sagittal reformat is nothing to tell of; a whole axial chest CT with a gap is.
+    tell: bool = False
 
 
 def triage(series: ClosedSeries) -> Verdict:
@@ -88,7 +94,7 @@ def triage(series: ClosedSeries) -> Verdict:
     """
     tiling = tile(series.instances)
     for refusal in _refusals(series, tiling):
-        return Verdict(False, f"not analysed: {refusal}")
+        return Verdict(False, f"not analysed: {refusal}", tell=_is_expected(series.instances))
     first = series.instances[0]
     part = "axial chest CT" if _names_chest(first.body_part) else "axial CT, body part not given as chest"
     count = sum(len(header.positions) for header in series.instances)
@@ -105,6 +111,14 @@ def _refusals(series: ClosedSeries, tiling: Tiling) -> Iterator[str]:
     if not series.complete:
         yield series.reason if series.reason.startswith("incomplete") else f"incomplete: {series.reason}"
     yield from _stack(headers, tiling)
+
+
+def _is_expected(headers: Sequence[InstanceHeader]) -> bool:
+    """Whether this looks like a chest CT that would be analysed, were nothing wrong with it."""
+    if any(True for check in (_kind, _image_type, _body_part) for _ in check(headers)):
+        return False
+    axial = all((direction := normal(header)) and _degrees(direction[2]) <= MAX_LEAN_DEG for header in headers)
+    return axial and sum(len(header.positions) for header in headers) >= MIN_SLICES
 
 
 def _kind(headers: Sequence[InstanceHeader]) -> Iterator[str]:

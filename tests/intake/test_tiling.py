@@ -78,6 +78,11 @@ def test_several_missing_slices_do_not_become_the_measure() -> None:
     assert tile(alternate).detail == "gap at z = 2.0, 5.0, 8.0 mm (2.0 mm between slices, 1.0 mm elsewhere)"
 
 
+def test_extra_slices_make_a_stack_uneven() -> None:
+    extra = [header(n, z=z) for n, z in enumerate((0, 1, 3, 5, 7))]
+    assert (tile(extra).kind, tile(extra).detail) == ("gap", "uneven spacing: 1.0 to 2.0 mm between slices")
+
+
 def test_a_gap_in_the_stack_shows_beside_a_localizer() -> None:
     localizer = header(99, orientation=(0, 1, 0, 0, 0, -1), positions=((0.0, -300.0, 100.0),))
     assert tile([localizer, *map(header, range(8))]).kind == "even"

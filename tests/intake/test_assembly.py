@@ -1,0 +1,367 @@
+"""When series close: the rules one by one, and a state machine that mixes them in any order."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from made_instances import STUDY, header
+
+from node.intake.assembly import RETRY_S, Assembly, AssociationId, ClosedSeries, Ending
+from node.intake.header import InstanceHeader
+from node.intake.spool import Stored
+from node.intake.tiling import GAP_STEPS
+
+QUIET, GRACE = 30.0, 2.0
+CHEST, SCOUT, REPORT = f"{STUDY}.1", f"{STUDY}.2", f"{STUDY}.3"
+
+
+class Rig:
+    """An assembly with a clock to turn, a spool of names, and a list of what closed."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.closed: list[ClosedSeries] = []
+        self.spool: dict[str, dict[str, tuple[InstanceHeader, Path]]] = {}
+        self.failing = False
+        self.assembly = self.restarted()
+        self.associations = 0
+
+    def restarted(self) -> Assembly:
+        return Assembly(self.take, QUIET, recall=self.recall, grace_s=GRACE, clock=lambda: self.now)
+
+    def take(self, closed: ClosedSeries) -> None:
+        if self.failing:
+            raise OSError("the ledger is away")
+        self.closed.append(closed)
+
+    def recall(self, _study: str, series: str) -> list[tuple[InstanceHeader, Path]]:
+        return list(self.spool.get(series, {}).values())
+
+    def associate(self, calling_ae: str = "CT1") -> AssociationId:
+        self.associations += 1
+        return AssociationId(self.associations, calling_ae, "LUNGNODE")
+
+    def send(self, association: AssociationId, one: InstanceHeader) -> None:
+        kept = self.spool.setdefault(one.series_instance_uid, {})
+        outcome: Literal["new", "same"] = "same" if one.sop_instance_uid in kept else "new"
+        kept.setdefault(one.sop_instance_uid, (one, Path(f"{one.sop_instance_uid}.dcm")))
+        self.assembly.received(association, one, Stored(kept[one.sop_instance_uid][1], outcome))
+
+    def send_all(self, numbers: range | list[int], ending: Ending = "released", series: str = CHEST) -> None:
+        association = self.associate()
+        for n in numbers:
+            self.send(association, header(n, series=series))
+        self.assembly.association_ended(association, ending)
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.assembly.tick()
+
+    def reasons(self) -> list[tuple[int, bool, str]]:
+        return [(len(c.instances), c.complete, c.reason) for c in self.closed]
+
+
+TILES = "slices tile space from z=0.0 to z=9.0 every 1.0 mm"
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+def test_slices_that_tile_space_close_soon_after_the_association(rig: Rig) -> None:
+    association = rig.associate()
+    for n in (3, 1, 0, 2, *range(4, 10)):
+        rig.send(association, header(n, series=CHEST))
+        rig.wait(1)
+    rig.assembly.association_ended(association)
+    rig.wait(GRACE / 2)
+    assert rig.closed == []
+    rig.wait(GRACE / 2)
+    assert rig.reasons() == [(10, True, f"{TILES}, and the association ended")]
+    (closed,) = rig.closed
+    assert (closed.study_instance_uid, closed.series_instance_uid) == (STUDY, CHEST)
+    assert (closed.calling_ae, closed.called_ae) == ("CT1", "LUNGNODE")
+    assert [p.stem for p in closed.paths] == [i.sop_instance_uid for i in closed.instances]
+    rig.wait(1000)
+    assert len(rig.closed) == 1
+    assert rig.assembly.open_series == 0
+
+
+def test_one_association_an_instance_is_one_series(rig: Rig) -> None:
+    for n in range(10):
+        rig.send_all([n])
+        rig.wait(GRACE / 2)
+    rig.wait(GRACE)
+    assert rig.reasons() == [(10, True, f"{TILES}, and the association ended")]
+
+
+def test_a_gap_waits_and_is_never_whole(rig: Rig) -> None:
+    rig.send_all([0, 1, 2, 3, 5, 6, 7])
+    rig.wait(QUIET - 1)
+    assert rig.closed == []
+    rig.wait(1)
+    gap = "gap at z = 4.0 mm (2.0 mm between slices, 1.0 mm elsewhere)"
+    assert rig.reasons() == [(7, False, f"incomplete: {gap}; no instance came for 30 s")]
+    rig.send_all([4])
+    rig.wait(QUIET)
+    assert rig.reasons()[1:] == [
+        (8, True, "slices tile space from z=0.0 to z=7.0 every 1.0 mm, and no instance came for 30 s")
+    ]
+
+
+def test_every_other_slice_lies_evenly_but_is_not_whole(rig: Rig) -> None:
+    rig.send_all([0, 2, 4, 6, 8])
+    rig.wait(QUIET)
+    missing = "4 instance numbers between 1 and 9 are missing"
+    assert rig.reasons() == [(5, False, f"incomplete: {missing}; no instance came for 30 s")]
+
+
+def test_an_abort_hides_the_end(rig: Rig) -> None:
+    rig.send_all(range(6), "aborted")
+    rig.wait(QUIET - 1)
+    assert rig.closed == []
+    rig.send_all(range(10))
+    rig.wait(GRACE)
+    assert rig.reasons() == [(10, True, f"{TILES}, and the association ended")]
+
+
+def test_an_abort_with_nothing_after_it_is_incomplete(rig: Rig) -> None:
+    rig.send_all(range(10), "aborted")
+    rig.wait(QUIET)
+    why = "the association was aborted, so its end may be missing"
+    assert rig.reasons() == [(10, False, f"incomplete: {why}; no instance came for 30 s")]
+
+
+def test_another_associations_good_end_does_not_mend_an_abort(rig: Rig) -> None:
+    first, second = rig.associate(), rig.associate()
+    for n in range(5):
+        rig.send(first, header(n, series=CHEST))
+        rig.send(second, header(n + 5, series=CHEST))
+    rig.wait(1)
+    rig.assembly.association_ended(first, "aborted")
+    rig.wait(1)
+    rig.assembly.association_ended(second, "released")
+    rig.wait(QUIET)
+    assert [complete for _, complete, _ in rig.reasons()] == [False]
+
+
+def test_a_sender_that_leaves_its_association_idle_is_not_aborted(rig: Rig) -> None:
+    rig.send_all(range(10), "idle")
+    rig.wait(QUIET)
+    assert rig.closed[0].complete
+
+
+def test_a_refused_instance_keeps_its_series_from_being_whole_until_it_comes(rig: Rig) -> None:
+    association = rig.associate()
+    for n in range(9):
+        rig.send(association, header(n, series=CHEST))
+    rig.assembly.refused(association, header(9, series=CHEST))
+    rig.assembly.association_ended(association)
+    rig.wait(QUIET - 1)
+    assert rig.closed == []
+    rig.wait(1)
+    why = "1 instances were refused and not sent again"
+    assert rig.reasons() == [(9, False, f"incomplete: {why}; no instance came for 30 s")]
+    rig.send_all(range(10))
+    rig.wait(QUIET)
+    assert rig.reasons()[1:] == [(10, True, f"{TILES}, and no instance came for 30 s")]
+
+
+def test_a_series_of_which_all_was_refused_is_forgotten(rig: Rig) -> None:
+    association = rig.associate()
+    rig.assembly.refused(association, header(0))
+    rig.assembly.association_ended(association)
+    rig.wait(QUIET)
+    assert (rig.closed, rig.assembly.open_series) == ([], 0)
+
+
+def test_what_geometry_cannot_tell_closes_after_the_association(rig: Rig) -> None:
+    association = rig.associate()
+    rig.send(association, header(0, series=REPORT, modality="SR", positions=(), orientation=None))
+    rig.assembly.association_ended(association)
+    rig.wait(GRACE)
+    assert rig.reasons() == [(1, True, "geometry cannot tell (no slice positions), and the association ended")]
+
+
+def test_an_association_that_goes_on_to_other_series_does_not_hold_up_the_first(rig: Rig) -> None:
+    association = rig.associate()
+    for n in range(10):
+        rig.send(association, header(n, series=CHEST))
+    for n in range(int(QUIET) + 1):
+        rig.wait(1)
+        rig.send(association, header(n, series=SCOUT))
+    assert rig.reasons() == [(10, True, f"{TILES}, and no instance came for 30 s")]
+    assert rig.assembly.open_series == 1
+
+
+def test_a_stalled_sender_is_waited_for(rig: Rig) -> None:
+    association = rig.associate()
+    for n in range(5):
+        rig.send(association, header(n, series=CHEST))
+    rig.wait(10 * QUIET)
+    assert rig.closed == []
+    rig.assembly.association_ended(association, "aborted")
+    rig.wait(0)
+    assert [complete for _, complete, _ in rig.reasons()] == [False]
+
+
+def test_a_resend_does_not_open_a_closed_series_and_late_slices_do(rig: Rig) -> None:
+    rig.send_all(range(5))
+    rig.wait(GRACE)
+    rig.send_all(range(5))
+    rig.wait(2 * QUIET)
+    assert len(rig.closed) == 1
+    rig.send_all(range(3, 10))
+    rig.wait(GRACE)
+    assert len(rig.closed) == 1  # its sender has shown that an association's end is not the series'
+    rig.wait(QUIET)
+    assert rig.reasons()[1:] == [(10, True, f"{TILES}, and no instance came for 30 s")]
+
+
+def test_nothing_is_lost_when_a_closed_series_is_not_taken(rig: Rig) -> None:
+    rig.failing = True
+    rig.send_all(range(5))
+    rig.wait(GRACE)
+    rig.wait(RETRY_S / 2)
+    rig.failing = False
+    assert rig.assembly.open_series == 1
+    rig.wait(RETRY_S / 2)
+    assert [n for n, _, _ in rig.reasons()] == [5]
+
+
+def test_what_comes_while_a_series_is_being_taken_closes_with_it_again(rig: Rig) -> None:
+    def take(closed: ClosedSeries) -> None:
+        rig.closed.append(closed)
+        if len(rig.closed) == 1:
+            rig.send_all([5])
+
+    rig.assembly = Assembly(take, QUIET, grace_s=GRACE, clock=lambda: rig.now)
+    rig.send_all(range(5))
+    rig.wait(GRACE)
+    rig.wait(QUIET)
+    assert [n for n, _, _ in rig.reasons()] == [5, 6]
+    assert rig.assembly.open_series == 0
+
+
+def test_a_restart_leaves_the_end_in_doubt_until_the_sender_returns(rig: Rig) -> None:
+    rig.send_all(range(5))
+    for resend in (False, True):
+        rig.closed.clear()
+        rig.assembly = rig.restarted()
+        rig.assembly.restore(AssociationId(0, "CT1", "LUNGNODE"), rig.recall(STUDY, CHEST))
+        if resend:
+            rig.send_all(range(5))
+            rig.wait(GRACE)
+        rig.wait(QUIET)
+        assert [(len(c.instances), c.complete, c.calling_ae) for c in rig.closed] == [(5, resend, "CT1")]
+
+
+def test_a_shutdown_closes_what_is_proved_at_once(rig: Rig) -> None:
+    rig.send_all(range(5))
+    rig.send_all([0, 1, 3, 4], series=SCOUT)
+    rig.assembly.tick(final=True)
+    assert [c.series_instance_uid for c in rig.closed] == [CHEST]
+
+
+def test_predecessors_that_cannot_be_read_do_not_lose_the_late_slice(rig: Rig) -> None:
+    def broken(_study: str, _series: str) -> list[tuple[InstanceHeader, Path]]:
+        raise OSError
+
+    rig.assembly = Assembly(rig.take, QUIET, recall=broken, grace_s=GRACE, clock=lambda: rig.now)
+    rig.send_all([7])
+    rig.wait(QUIET)
+    assert [n for n, _, _ in rig.reasons()] == [1]
+
+
+class Interleaved(RuleBasedStateMachine):
+    """Any interleaving of series, associations, resends, refusals, aborts, pauses and failures of the taker."""
+
+    associations = Bundle("associations")
+
+    @initialize()
+    def begin(self) -> None:
+        self.rig = Rig()
+        self.open: set[AssociationId] = set()
+        self.refused: set[str] = set()
+        self.seen = 0
+        self.covered: dict[str, set[str]] = {}
+
+    @rule(target=associations)
+    def associate(self) -> AssociationId:
+        association = self.rig.associate()
+        self.open.add(association)
+        return association
+
+    @rule(association=associations, n=st.integers(0, 7), series=st.sampled_from((CHEST, SCOUT, REPORT)))
+    def send(self, association: AssociationId, n: int, series: str) -> None:
+        # One series without instance numbers, so that geometry has to find the gaps by itself.
+        one = header(n, series=series, instance_number=None if series == SCOUT else n + 1)
+        self.refused.discard(one.sop_instance_uid)
+        self.rig.send(association, one)
+
+    @rule(association=associations, first=st.integers(0, 7), count=st.integers(1, 8))
+    def send_run(self, association: AssociationId, first: int, count: int) -> None:
+        for n in range(first, min(first + count, 8)):
+            self.send(association, n, CHEST)
+
+    @rule(association=associations, n=st.integers(0, 7))
+    def refuse(self, association: AssociationId, n: int) -> None:
+        one = header(n, series=CHEST)
+        if one.sop_instance_uid not in self.rig.spool.get(CHEST, {}):
+            self.refused.add(one.sop_instance_uid)
+            self.rig.assembly.refused(association, one)
+
+    @rule(association=consumes(associations), ending=st.sampled_from(("released", "idle", "aborted")))
+    def end(self, association: AssociationId, ending: Ending) -> None:
+        self.open.discard(association)
+        self.rig.assembly.association_ended(association, ending)
+
+    @rule(seconds=st.sampled_from((0.0, 0.5, GRACE, RETRY_S, QUIET, 3 * QUIET)))
+    def wait(self, seconds: float) -> None:
+        self.rig.wait(seconds)
+
+    @rule(failing=st.booleans())
+    def taker(self, failing: bool) -> None:
+        self.rig.failing = failing
+
+    @invariant()
+    def nothing_closes_as_whole_with_a_gap(self) -> None:
+        for closed in self.rig.closed[self.seen :]:
+            series = closed.series_instance_uid
+            uids = {one.sop_instance_uid for one in closed.instances}
+            assert len(uids) == len(closed.instances)
+            # Each closed set holds all of the one before, and something more unless it only tells of a refusal.
+            assert uids >= self.covered.get(series, set())
+            assert uids > self.covered.get(series, set()) or not closed.complete
+            self.covered[series] = uids
+            if closed.complete:
+                places = sorted(one.positions[0][2] for one in closed.instances)
+                steps = {b - a for a, b in pairwise(places)}
+                assert not steps or max(steps) <= (GAP_STEPS * min(steps) if series == SCOUT else 1.0)
+                assert not {uid for uid in self.refused if uid.startswith(f"{series}.")}
+            else:
+                assert closed.reason.startswith("incomplete: ")
+        self.seen = len(self.rig.closed)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "rig"):
+            return
+        for association in self.open:
+            self.rig.assembly.association_ended(association)
+        self.rig.failing = False
+        for _ in range(4):
+            self.rig.wait(QUIET + RETRY_S)
+        self.nothing_closes_as_whole_with_a_gap()
+        assert self.rig.assembly.open_series == 0
+        assert self.covered == {series: set(kept) for series, kept in self.rig.spool.items()}
+
+
+Interleaved.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestAnyInterleaving = Interleaved.TestCase
