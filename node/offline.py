@@ -7,6 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_file_meta_info
 from rich.progress import Progress
 
 from node import results
@@ -14,7 +16,7 @@ from node.analysis import pipeline
 from node.analysis.summary import summary
 from node.analysis.volume import VolumeError
 from node.intake.assembly import Assembly, AssociationId, ClosedSeries
-from node.intake.header import HeaderError, read_file_header
+from node.intake.header import HeaderError, InstanceHeader, read_header
 from node.intake.spool import Stored
 from node.intake.triage import triage
 from node.results.capture import overlay_png
@@ -69,12 +71,26 @@ def closed_folder(folder: Path) -> list[ClosedSeries]:
     association = AssociationId(0, "", "")
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
-            assembly.received(association, read_file_header(path), Stored(path, "new"))
-        except HeaderError:
+            assembly.received(association, _header(path), Stored(path, "new"))
+        except (HeaderError, InvalidDicomError, AttributeError):
             continue
     assembly.association_ended(association)
     assembly.tick(final=True)
     return closed
+
+
+def _header(path: Path) -> InstanceHeader:
+    """Header of a Part 10 file, read as far as the pixel data.
+
+    Raises
+    ------
+    HeaderError, InvalidDicomError, AttributeError
+        The file is no Part 10 file, or holds no data set that can be filed.
+    """
+    meta = read_file_meta_info(path)
+    # Preamble and prefix, the group length element, and what it counts (PS3.10 7.1).
+    start = 128 + 4 + 12 + int(meta.FileMetaInformationGroupLength)
+    return read_header(path.read_bytes()[start:], str(meta.TransferSyntaxUID))
 
 
 def _analyse(series: ClosedSeries, target: Path, out: Path, device: str, progress: Progress, bar: Any) -> Analysed:

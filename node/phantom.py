@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from models.training.phantom import Phantom
 from node import __version__
@@ -31,7 +31,8 @@ def write_series(phantom: Phantom, folder: Path, seed: int) -> list[Path]:
     for n in range(slices):
         k = slices - 1 - n
         ds = _common(seed)
-        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = _uid(seed, f"instance {n}")
+        ds.SOPInstanceUID = _uid(seed, f"instance {n}")
+        ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
         ds.InstanceNumber = n + 1
         ds.ImagePositionPatient = [round(v, 4) for v in (-columns * dx / 2, -rows * dy / 2, k * dz)]
         ds.SliceLocation = ds.ImagePositionPatient[2]
@@ -46,8 +47,8 @@ def write_series(phantom: Phantom, folder: Path, seed: int) -> list[Path]:
     return paths
 
 
-def _uid(seed: int, what: str) -> str:
-    return str(generate_uid(prefix=None, entropy_srcs=["lungnode phantom", __version__, str(seed), what]))
+def _uid(seed: int, what: str) -> UID:
+    return UID(generate_uid(prefix=None, entropy_srcs=["lungnode phantom", __version__, str(seed), what]))
 
 
 def _common(seed: int) -> Dataset:

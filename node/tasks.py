@@ -18,10 +18,10 @@ from typing import Any
 import structlog
 from celery import Celery, signals
 from kombu.exceptions import OperationalError
-from models.inference import Segmenter
 from pydicom import dcmread
 from sqlalchemy import select
 
+from models.inference import Segmenter
 from models.registry import load_bundle
 from node import results
 from node.analysis import pipeline
@@ -115,7 +115,9 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
         decision = f"route '{route.name}': {verdict.reason}"
     else:
         decision = verdict.reason
-        not_analysed = verdict.reason if verdict.tell and route.tell_not_analysed else None
+        not_analysed = (
+            verdict.reason.removeprefix("not analysed: ") if verdict.tell and route.tell_not_analysed else None
+        )
     owed = route is not None and (verdict.analyse or not_analysed is not None)
     with here.ledger() as session:
         series = here.ledger.add_series(
