@@ -1,0 +1,103 @@
+"""The Segmenter on phantoms, whose masks are exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from models.inference import LEFT, RIGHT, Segmentation, Segmenter
+from models.registry import load_bundle
+from models.training.phantom import Phantom, phantom
+
+#: Honest floors on phantoms of 40 slices; the held-out figures are in the bundles' cards.
+LUNG_DICE, SIDE_DICE = 0.90, 0.88
+
+
+def dice(found: np.ndarray, truth: np.ndarray) -> float:
+    return float(2 * (found & truth).sum() / max(found.sum() + truth.sum(), 1))
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Segmenter:
+    return Segmenter(load_bundle("lungs"), load_bundle("infection"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def diseased() -> Phantom:
+    return phantom(3001, shape=(40, 160, 160), severity=3)
+
+
+@pytest.fixture(scope="module")
+def found(segmenter: Segmenter, diseased: Phantom) -> Segmentation:
+    return segmenter(diseased.hu, diseased.spacing)
+
+
+def test_lungs_whole_and_on_their_sides(found: Segmentation, diseased: Phantom) -> None:
+    assert found.lungs.dtype == np.uint8
+    assert found.lungs.shape == diseased.hu.shape
+    assert dice(found.lungs > 0, diseased.lungs > 0) > LUNG_DICE
+    for side in (RIGHT, LEFT):
+        assert dice(found.lungs == side, diseased.lungs == side) > SIDE_DICE
+
+
+def test_infection_is_found_where_it_is(found: Segmentation, diseased: Phantom) -> None:
+    assert found.probability.dtype == np.float16
+    assert found.probability.min() >= 0
+    assert found.probability.max() <= 1
+    assert not found.probability[found.lungs == 0].any()
+    assert dice(found.probability >= found.threshold, diseased.infection) > 0.4
+    inside = found.probability[diseased.infection & (found.lungs > 0)].mean()
+    assert inside > 3 * found.probability[(diseased.lungs > 0) & ~diseased.infection].mean()
+
+
+def test_healthy_lungs_stay_healthy(segmenter: Segmenter) -> None:
+    healthy = phantom(3002, shape=(40, 160, 160), severity=0)
+    found = segmenter(healthy.hu, healthy.spacing)
+    infected = (found.probability >= found.threshold).sum()
+    assert infected < 0.01 * (found.lungs > 0).sum()
+
+
+def test_doing_it_twice_changes_nothing(segmenter: Segmenter, diseased: Phantom, found: Segmentation) -> None:
+    again = segmenter(diseased.hu, diseased.spacing)
+    assert np.array_equal(again.lungs, found.lungs)
+    assert np.array_equal(again.probability, found.probability)
+
+
+def test_thin_slices_and_uneven_pixels(segmenter: Segmenter) -> None:
+    drawn = phantom(3003, shape=(150, 96, 128), severity=1)
+    assert drawn.spacing[0] < 3
+    fine = (drawn.spacing[0] / 2, drawn.spacing[1], drawn.spacing[2])
+    found = segmenter(np.repeat(drawn.hu, 2, 0), fine)
+    truth = np.repeat(drawn.lungs, 2, 0)
+    assert dice(found.lungs > 0, truth > 0) > LUNG_DICE
+    assert dice(found.lungs == LEFT, truth == LEFT) > SIDE_DICE
+
+
+def test_mirrored_volumes_swap_sides(segmenter: Segmenter, diseased: Phantom) -> None:
+    found = segmenter(np.ascontiguousarray(diseased.hu[:, :, ::-1]), diseased.spacing)
+    assert dice(found.lungs == LEFT, diseased.lungs[:, :, ::-1] == RIGHT) > SIDE_DICE
+
+
+def test_air_and_noise_have_no_lungs(segmenter: Segmenter) -> None:
+    rng = np.random.default_rng(0)
+    for hu in (np.full((6, 40, 50), -1000), rng.normal(0, 30, (6, 40, 50)), np.full((1, 1, 1), 40)):
+        found = segmenter(hu.astype(np.int16), (5.0, 7.0, 7.0))
+        assert not found.lungs.any()
+        assert not found.probability.any()
+
+
+def test_progress_and_timings(segmenter: Segmenter) -> None:
+    told: list[tuple[str, float]] = []
+    small = phantom(1, shape=(20, 64, 64))
+    found = segmenter(small.hu, small.spacing, lambda stage, done: told.append((stage, done)))
+    for stage in ("lungs", "infection"):
+        parts = [done for name, done in told if name == stage]
+        assert parts == sorted(parts)
+        assert parts[-1] == 1.0
+    assert set(found.timings) >= {"resample", "lungs", "infection", "restore"}
+
+
+@pytest.mark.parametrize(("shape", "spacing"), [((4, 4), (1, 1, 1)), ((0, 4, 4), (1, 1, 1)), ((4, 4, 4), (1, 0, 1))])
+def test_what_is_no_volume(segmenter: Segmenter, shape: tuple[int, ...], spacing: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match="a volume"):
+        segmenter(np.zeros(shape, np.int16), spacing)
