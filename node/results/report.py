@@ -146,7 +146,7 @@ def _groups(
                 name,
                 code,
                 _site(name.split()[0]),
-                _region(mask, _largest_slice(mask), analysis),
+                _largest_outline(mask, analysis),
                 _lung_measurements(region, name),
                 pending,
             )
@@ -158,7 +158,7 @@ def _groups(
             "Infection, both lungs",
             PNEUMONIA,
             hd.sr.FindingSite(anatomic_location=codes.SCT.Lung),
-            _region(infected, _largest_slice(infected), analysis),
+            _largest_outline(infected, analysis),
             [
                 _measure(_private("105"), 100 * findings.both.infected_share, _PERCENT, 2),
                 _measure(codes.SCT.Volume, findings.both.infected_ml, _ML, 2),
@@ -173,14 +173,14 @@ def _groups(
 def _lesion_group(
     findings: Findings, lesion: Lesion, analysis: Analysis
 ) -> hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations:
-    mask = findings.lesions == lesion.label
+    plane = findings.lesions[lesion.key_slice] == lesion.label
     return _group(
         analysis,
         f"lesion-{lesion.label}",
         f"Lesion {lesion.label}, {lesion.side} lung",
         PNEUMONIA,
         _site(lesion.side.capitalize()),
-        _region(mask, lesion.key_slice, analysis),
+        _outline(plane, lesion.key_slice, analysis),
         [
             _measure(_private("106"), 100 * lesion.probability, _PERCENT, 1),
             _measure(codes.SCT.Volume, lesion.volume_ml, _ML, 2),
@@ -264,15 +264,16 @@ def _site(side: str) -> hd.sr.FindingSite:
     return hd.sr.FindingSite(anatomic_location=codes.SCT.Lung, laterality=laterality)
 
 
-def _largest_slice(mask: NDArray[np.bool_]) -> int:
-    return int(mask.sum(axis=(1, 2)).argmax())
+def _largest_outline(mask: NDArray[np.bool_], analysis: Analysis) -> hd.sr.ImageRegion:
+    index = int(np.count_nonzero(mask, axis=(1, 2)).argmax())
+    return _outline(mask[index], index, analysis)
 
 
-def _region(mask: NDArray[np.bool_], index: int, analysis: Analysis) -> hd.sr.ImageRegion:
+def _outline(plane: NDArray[np.bool_], index: int, analysis: Analysis) -> hd.sr.ImageRegion:
     source = analysis.instances[index]
     return hd.sr.ImageRegion(
         graphic_type=hd.sr.GraphicTypeValues.POLYLINE,
-        graphic_data=outer_contour(mask[index]),
+        graphic_data=outer_contour(plane),
         source_image=hd.sr.SourceImageForRegion(
             source.sop_class_uid,
             source.sop_instance_uid,

@@ -340,3 +340,25 @@ def test_a_real_series_gets_sound_objects(data_dir: Path, tmp_path: Path) -> Non
     seg = hd.seg.segread(made[1].path)
     read = seg.get_volume(combine_segments=True)
     assert np.count_nonzero(read.array) == np.count_nonzero(findings.lungs)
+
+
+def test_an_absent_side_leaves_no_gap_in_the_segment_numbers(tmp_path: Path) -> None:
+    chest = make_chest(tmp_path / "ct", Shape(slices=12, rows=32, columns=32), [LEFT_LOWER])
+    seg = pydicom.dcmread(build(chest, tmp_path, kinds=["infection-seg"])["infection-seg"])
+    assert [(segment.SegmentNumber, segment.SegmentLabel) for segment in seg.SegmentSequence] == [
+        (1, "Infection, left lung")
+    ]
+
+
+@pytest.mark.peer
+def test_without_any_lung_the_reader_is_told(tmp_path: Path) -> None:
+    chest = make_chest(tmp_path / "ct", Shape(slices=8, rows=24, columns=24), [])
+    nothing = replace(chest.findings.right, volume_ml=0.0, infected_ml=0.0, mean_hu=float("nan"))
+    findings = replace(
+        chest.findings, lungs=np.zeros_like(chest.findings.lungs), right=nothing, left=nothing, both=nothing
+    )
+    paths = build(replace(chest, findings=findings), tmp_path)
+    assert set(paths) == {"sr", "capture"}
+    assert pydicom.dcmread(paths["sr"]).ContentSequence[0].ContentSequence[0].TextValue.endswith("no lung was found")
+    for path in paths.values():
+        assert errors_of(path) == []
