@@ -11,12 +11,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from monai.bundle.config_parser import ConfigParser
-from safetensors import SafetensorError
-from safetensors.torch import load as read_safetensors
+if TYPE_CHECKING:
+    import torch
 
 #: Where the bundles lie that come with the program.
 BUNDLES = Path(__file__).parent / "bundles"
@@ -72,6 +70,11 @@ class Bundle:
         BundleError
             The weights changed since, do not fit the network, or the configuration names anything but a network.
         """
+        # torch and MONAI take seconds to import: processes that only name a model do without.
+        from monai.bundle.config_parser import ConfigParser
+        from safetensors import SafetensorError
+        from safetensors.torch import load as read_safetensors
+
         weights = _verified(self.path, self.sha256)
         definition = _read_json(self.path / "configs" / "inference.json").get("network_def")
         if not isinstance(definition, dict):
@@ -102,9 +105,10 @@ def load_bundle(name_or_path: str | Path) -> Bundle:
     BundleError
         There is no such bundle, it is incomplete, or the digest of the weights is not the recorded one.
     """
-    path = Path(name_or_path)
+    # A name is looked up among the installed bundles first: a folder of the same name beside us must not stand in.
+    path = BUNDLES / name_or_path
     if not path.is_dir():
-        path = BUNDLES / name_or_path
+        path = Path(name_or_path)
     file = path / "configs" / "metadata.json"
     if not file.is_file():
         known = ", ".join(list_bundles()) or "none"

@@ -164,24 +164,30 @@ def _send(items: list[Outgoing], me: Peer, console: Console) -> None:
 def _follow(here: Node, console: Console) -> Series:
     """Print each event as it happens, until nothing more is owed."""
     deadline, shown = time.monotonic() + GIVE_UP_S, 0
+    quiet = time.monotonic() + here.settings.listener.quiet_period_s + START_S
     with console.status("waiting for the series to be closed …") as spinner:
         while time.monotonic() < deadline:
-            for series in status.all_series(here.ledger):
-                events = series.events
-                for event in events[shown:]:
-                    console.print(f"  [dim]+{event.at - events[0].at:5.1f} s[/] [bold]{event.stage:9}[/] {event.text}")
-                    spinner.update(f"{event.stage}: {event.text}")
-                shown = max(shown, len(events))
-                if status.state(series) not in ("waiting", "running", "delivering"):
-                    return series
+            everything = status.all_series(here.ledger)
+            events = sorted((event for series in everything for event in series.events), key=lambda one: one.id)
+            for event in events[shown:]:
+                console.print(f"  [dim]+{event.at - events[0].at:5.1f} s[/] [bold]{event.stage:9}[/] {event.text}")
+                spinner.update(f"{event.stage}: {event.text}")
+            shown = len(events)
+            states = {status.state(series) for series in everything}
+            analysed = [series for series in everything if series.analyses]
+            if everything and not states & {"waiting", "running", "delivering"}:
+                if analysed:
+                    return analysed[0]
+                if time.monotonic() > quiet:
+                    return everything[0]
             threading.Event().wait(0.1)
-    raise DemoError(f"nothing came back in {GIVE_UP_S:.0f} s; `lungnode status` in the demo's folder tells more")
+    raise DemoError(f"nothing came back in {GIVE_UP_S:.0f} s; see the log")
 
 
 def _show(here: Node, series: Series, out: Path, console: Console) -> None:
     analysis = series.analyses[0] if series.analyses else None
     if analysis is None:
-        raise DemoError(f"not analysed: {series.verdict}")
+        raise DemoError(series.verdict)
     console.print()
     if analysis.summary is not None:
         console.print(status.findings(analysis.summary))

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
 from models.training.phantom import Phantom
 from node import __version__
+from node.results.identity import uid_of
 
 
 def write_series(phantom: Phantom, folder: Path, seed: int) -> list[Path]:
@@ -48,7 +49,7 @@ def write_series(phantom: Phantom, folder: Path, seed: int) -> list[Path]:
 
 
 def _uid(seed: int, what: str) -> UID:
-    return UID(generate_uid(prefix=None, entropy_srcs=["lungnode phantom", __version__, str(seed), what]))
+    return UID(uid_of("phantom", __version__, str(seed), what))
 
 
 def _common(seed: int) -> Dataset:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from celery import Celery, signals
@@ -21,7 +21,6 @@ from kombu.exceptions import OperationalError
 from pydicom import dcmread
 from sqlalchemy import select
 
-from models.inference import Segmenter
 from models.registry import load_bundle
 from node import results
 from node.analysis import pipeline
@@ -37,6 +36,9 @@ from node.intake.spool import Spool
 from node.intake.triage import triage
 from node.ledger import Analysis, Delivery, Ledger, Object, Series, State, Work
 from node.telemetry import logs
+
+if TYPE_CHECKING:
+    from models.inference import Segmenter
 
 log = structlog.get_logger(__name__)
 
@@ -98,6 +100,8 @@ def node() -> Node:
 @cache
 def segmenter(device: str) -> Segmenter:
     """The networks of the pneumonia analysis, loaded once in a process."""
+    from models.inference import Segmenter  # torch takes seconds to import; only the analyse worker needs it
+
     chosen = None if device == "auto" else device
     return Segmenter(load_bundle("lungs"), load_bundle("infection"), chosen)
 
@@ -141,7 +145,7 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
             series.analyses.append(Analysis(route=route.name, destinations=destinations, not_analysed=not_analysed))
         session.flush()
         bells: list[tuple[Work, int]] = [("analyse", analysis.id) for analysis in series.analyses]
-    log.info("series closed", series=closed.series_instance_uid, because=closed.reason, decision=decision)
+    log.info("triaged", series=closed.series_instance_uid, decision=decision)
     ring(bells)
 
 

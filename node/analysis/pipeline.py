@@ -6,16 +6,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.inference import Progress, Segmenter
 from models.scan_level import state
 from node.analysis.findings import LEFT, RIGHT, Findings
 from node.analysis.measure import measure
 from node.analysis.orientation import Orientation
 from node.analysis.volume import Volume, VolumeError, read_volume
+
+if TYPE_CHECKING:  # torch takes seconds to import, and processes that only deliver import this module
+    from models.inference import Progress, Segmenter
 
 #: Lung volumes, ml, outside which a mask is not a chest's lungs. The lower is that of an infant and well below the
 #: lungs of an adult in respiratory failure; less is bowel gas, or the lung bases on an abdomen. No lungs hold more
