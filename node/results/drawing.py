@@ -66,7 +66,9 @@ class PatientView:
         for axis in range(3):
             hit = np.flatnonzero(self.lungs.any(axis=tuple(other for other in range(3) if other != axis)))
             size, margin = self.lungs.shape[axis], round(MARGIN_MM / self.spacing[axis])
-            ranges.append(slice(max(0, hit[0] - margin), min(size, hit[-1] + 1 + margin)) if hit.size else slice(size))
+            ranges.append(
+                slice(max(0, hit[0] - margin), min(size, hit[-1] + 1 + margin)) if hit.size else slice(0, size)
+            )
         return ranges[0], ranges[1], ranges[2]
 
     @cached_property
