@@ -13,6 +13,8 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from models.training.shapes import capsule, smooth_minimum, smoothstep, superellipse
+
 #: Labels that `anatomy` writes beside the HU.
 OUTSIDE, RIGHT_LUNG, LEFT_LUNG, AIRWAY = 0, 1, 2, 3
 
@@ -168,10 +170,10 @@ def _voxel(body, x, y, z, table_y, coarse, fine):  # type: ignore[no-untyped-def
 @njit(nogil=True, fastmath=True, cache=True)
 def _skin(body, x, y, z):  # type: ignore[no-untyped-def]
     """Signed distance to the skin: trunk, breasts, shoulders."""
-    rise = _smoothstep(40.0, 130.0, z)
+    rise = smoothstep(40.0, 130.0, z)
     a = (body.half_width + body.muscle + body.fat) * (1.0 + body.shoulders * rise)
     b = (body.half_depth + body.muscle + 0.8 * body.fat) * (1.0 - 0.12 * rise)
-    distance = _superellipse(x, y - 2.0, a, b, 2.4)
+    distance = superellipse(x, y - 2.0, a, b, 2.4)
     if body.breast > 1:
         r = body.breast
         q = math.sqrt(
@@ -179,7 +181,7 @@ def _skin(body, x, y, z):  # type: ignore[no-untyped-def]
             + ((y + 0.82 * b) / (0.8 * r)) ** 2
             + ((z + 45) / r) ** 2
         )
-        distance = _smooth_minimum(distance, (q - 1.0) * r, 14.0)
+        distance = smooth_minimum(distance, (q - 1.0) * r, 14.0)
     return distance
 
 
@@ -205,7 +207,7 @@ def _cavity(body, x, y, z):  # type: ignore[no-untyped-def]
     yc = 10.0 * (1.0 - f)
     a = body.half_width * f
     b = body.half_depth * (0.35 * min(1.0, 1.6 * f) + 0.65 * f)
-    distance = _superellipse(x, y - yc, a, b, body.squareness)
+    distance = superellipse(x, y - yc, a, b, body.squareness)
     if t > 1:
         distance = max(distance, (t - 1.0) * (body.apex - body.middle))
     return distance, yc
@@ -240,7 +242,7 @@ def _wall(body, x, y, z, yc, skin, cavity, coarse, fine):  # type: ignore[no-unt
         if q < 1:
             hu = 0.7 * body.bone_hu if q > 0.75 else 130.0 + 40.0 * fine
     if z > 30.0:
-        collar = _capsule(abs(x), y, z, 18.0, -0.6 * body.half_depth, 62.0, 0.95 * body.half_width, -15.0, 105.0)
+        collar = capsule(abs(x), y, z, 18.0, -0.6 * body.half_depth, 62.0, 0.95 * body.half_width, -15.0, 105.0)
         if collar < 6.5:
             hu = 0.9 * body.bone_hu if collar > 4.3 else 200.0
         head = math.sqrt((abs(x) - body.half_width - 28.0) ** 2 + (y - 5.0) ** 2 + (z - body.apex) ** 2)
@@ -280,8 +282,8 @@ def _airway(body, x, y, z):  # type: ignore[no-untyped-def]
     distance = 1e3
     if z > c:
         distance = math.sqrt((x - 2.0 * math.sin(0.02 * z)) ** 2 + (y - 4.0 + 0.1 * (z - c)) ** 2) - r
-    right = _capsule(x, y, z, 0.0, 4.0, c + 3.0, -34.0, 8.0, c - 30.0) - 0.78 * r
-    left = _capsule(x, y, z, 0.0, 4.0, c + 3.0, 44.0, 10.0, c - 28.0) - 0.70 * r
+    right = capsule(x, y, z, 0.0, 4.0, c + 3.0, -34.0, 8.0, c - 30.0) - 0.78 * r
+    left = capsule(x, y, z, 0.0, 4.0, c + 3.0, 44.0, 10.0, c - 28.0) - 0.70 * r
     return min(distance, min(right, left))
 
 
@@ -289,13 +291,13 @@ def _airway(body, x, y, z):  # type: ignore[no-untyped-def]
 def _mediastinum(body, x, y, z, yc, coarse, fine):  # type: ignore[no-untyped-def]
     """Signed distance to the mediastinum and the HU within it: fat, heart, great vessels, oesophagus."""
     t = (y - yc) / body.half_depth
-    level = body.mediastinum * (1.0 - 0.18 * _smoothstep(10.0, 90.0, z) + 0.25 * math.exp(-(((z + 5.0) / 35.0) ** 2)))
+    level = body.mediastinum * (1.0 - 0.18 * smoothstep(10.0, 90.0, z) + 0.25 * math.exp(-(((z + 5.0) / 35.0) ** 2)))
     column = abs(x - 2.0) - level * (0.30 + 0.75 * math.exp(-(((t - 0.12) / 0.42) ** 2))) - 2.4 * coarse
     heart = _heart(body, x, y, z)
     vessel = _great_vessels(body, x, y, z)
     spine = math.sqrt(x * x + (y - body.spine_y) ** 2) - 24.0
-    distance = _smooth_minimum(column, heart - 4.0, 10.0)
-    distance = _smooth_minimum(distance, min(vessel - 1.5, spine), 6.0)
+    distance = smooth_minimum(column, heart - 4.0, 10.0)
+    distance = smooth_minimum(distance, min(vessel - 1.5, spine), 6.0)
     hu = -85.0 + 14.0 * fine if 0.8 * coarse + 0.7 * fine > -0.35 else 30.0 + 8.0 * fine
     if distance > -1.8:
         hu = 0.0
@@ -326,16 +328,16 @@ def _great_vessels(body, x, y, z):  # type: ignore[no-untyped-def]
         distance = math.sqrt((x - 24.0) ** 2 + (y - back) ** 2) - 0.85 * r
         if z > -45:
             distance = min(distance, math.sqrt((x + 10.0 - 0.1 * z) ** 2 + (y + 28.0 + 0.1 * z) ** 2) - r)
-    arch = _capsule(x, y, z, -6.0, -32.0, 40.0, 10.0, -4.0, 50.0)
-    arch = min(arch, _capsule(x, y, z, 10.0, -4.0, 50.0, 24.0, back, 40.0))
+    arch = capsule(x, y, z, -6.0, -32.0, 40.0, 10.0, -4.0, 50.0)
+    arch = min(arch, capsule(x, y, z, 10.0, -4.0, 50.0, 24.0, back, 40.0))
     distance = min(distance, arch - 0.9 * r)
     if z > -40:
         distance = min(distance, math.sqrt((x + 24.0) ** 2 + (y + 18.0) ** 2) - 8.0)
-    trunk = _capsule(x, y, z, 14.0, -32.0, -20.0, 14.0, -10.0, -2.0) - 13.0
+    trunk = capsule(x, y, z, 14.0, -32.0, -20.0, 14.0, -10.0, -2.0) - 13.0
     arteries = min(
-        _capsule(x, y, z, 14.0, -10.0, -2.0, 52.0, 8.0, 4.0), _capsule(x, y, z, 12.0, -10.0, -6.0, -50.0, 2.0, -10.0)
+        capsule(x, y, z, 14.0, -10.0, -2.0, 52.0, 8.0, 4.0), capsule(x, y, z, 12.0, -10.0, -6.0, -50.0, 2.0, -10.0)
     )
-    veins = _capsule(x, y, z, -45.0, 8.0, -34.0, 48.0, 12.0, -30.0)
+    veins = capsule(x, y, z, -45.0, 8.0, -34.0, 48.0, 12.0, -30.0)
     return min(distance, min(trunk, min(arteries - 10.0, veins - 11.0)))
 
 
@@ -376,32 +378,3 @@ def _abdomen(body, x, y, z, dome, coarse, fine):  # type: ignore[no-untyped-def]
     if coarse > 1.3 and y < 0:
         return -900.0
     return body.fat_hu + 20.0 + 12.0 * fine
-
-
-@njit(nogil=True, fastmath=True, cache=True)
-def _smoothstep(low, high, value):  # type: ignore[no-untyped-def]
-    t = min(max((value - low) / (high - low), 0.0), 1.0)
-    return t * t * (3.0 - 2.0 * t)
-
-
-@njit(nogil=True, fastmath=True, cache=True)
-def _smooth_minimum(a, b, blend):  # type: ignore[no-untyped-def]
-    h = max(blend - abs(a - b), 0.0) / blend
-    return min(a, b) - 0.25 * h * h * blend
-
-
-@njit(nogil=True, fastmath=True, cache=True)
-def _superellipse(x, y, a, b, n):  # type: ignore[no-untyped-def]
-    """Distance to a superellipse, exact on the rim and nearly so beside it."""
-    r = (abs(x / a) ** n + abs(y / b) ** n) ** (1.0 / n) + 1e-6
-    return (r - 1.0) * math.sqrt(x * x + y * y + 1e-3) / r
-
-
-@njit(nogil=True, fastmath=True, cache=True)
-def _capsule(x, y, z, ax, ay, az, bx, by, bz):  # type: ignore[no-untyped-def]
-    """Distance to the segment from a to b."""
-    vx, vy, vz = bx - ax, by - ay, bz - az
-    wx, wy, wz = x - ax, y - ay, z - az
-    t = (vx * wx + vy * wy + vz * wz) / (vx * vx + vy * vy + vz * vz + 1e-9)
-    t = min(max(t, 0.0), 1.0)
-    return math.sqrt((wx - t * vx) ** 2 + (wy - t * vy) ** 2 + (wz - t * vz) ** 2)

@@ -17,7 +17,7 @@ from scipy import fft, ndimage
 
 from models.training.anatomy import LEFT_LUNG, RIGHT_LUNG, anatomy, draw_body
 
-#: A lesion voxel is labelled only where it is denser than the lung it replaces by so much: a reader must see it.
+#: A lesion is labelled only where it is denser than the lung it replaces by so much (median): a reader must see it.
 VISIBLE_CONTRAST_HU = 90.0
 #: Lesion islands below this are dropped from the mask, as no reader draws them.
 MINIMUM_LESION_MM3 = 100.0
@@ -244,7 +244,6 @@ def _add_pneumonia(
     inside = np.argwhere(lungs > 0)
     if severity == 0 or len(inside) == 0:
         return mask
-    healthy = hu.copy()
     centres = _lesion_centres(rng, grid, lungs, inside, int(rng.integers(*((1, 5), (4, 11), (9, 22))[severity - 1])))
     glass_hu = rng.uniform(-650, -380)
     share_solid = rng.uniform(0.1, 0.6)
@@ -253,15 +252,15 @@ def _add_pneumonia(
         radius = rng.uniform(*((9, 18), (10, 26), (14, 38))[severity - 1])
         box, veil = _blob(rng, grid, centre, radius, edge)
         veil *= lungs[box] > 0
+        before = hu[box].copy()
         target = np.clip(glass_hu + rng.normal(0, 70), -700, -280) + 30 * fine[box]
         hu[box] += veil * np.maximum(target - hu[box], 0)
         if solid:
             core = _smoothstep(0.75, 0.95, veil) if rng.random() < 0.5 else veil
             hu[box] += core * (rng.uniform(-40, 55) + 12 * fine[box] - hu[box])
-        mask[box] |= veil > 0.5
-    mask &= hu - healthy > VISIBLE_CONTRAST_HU
-    # Vessels and bronchi that shine through a lesion belong to it.
-    mask = ndimage.binary_closing(mask, ndimage.generate_binary_structure(3, 1)) & (lungs > 0)
+        extent = veil > 0.5
+        if extent.any() and np.median((hu[box] - before)[extent]) > VISIBLE_CONTRAST_HU:
+            mask[box] |= extent
     kept: NDArray[np.bool_] = cc3d.dust(mask, int(np.ceil(MINIMUM_LESION_MM3 / np.prod(grid.spacing))), connectivity=6)
     return kept.astype(bool)
 
