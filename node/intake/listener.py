@@ -192,6 +192,7 @@ class Listener:
         ae.require_calling_aet = sorted(options.known_peers or ())
         handlers = [
             (evt.EVT_CONN_OPEN, self._on_connection),
+            (evt.EVT_CONN_CLOSE, _on_connection_closed),
             (evt.EVT_REQUESTED, self._on_requested),
             (evt.EVT_SOP_COMMON, _on_common_negotiation),
             (evt.EVT_ESTABLISHED, self._on_established),
@@ -352,6 +353,16 @@ def _storage_contexts(proposed: Iterable[PresentationContext]) -> list[Presentat
 def _is_storage(uid: str) -> bool:
     known = UID(uid)
     return uid in _KNOWN_STORAGE or known.is_private or not hasattr(sop_class, known.keyword or "?")
+
+
+def _on_connection_closed(event: _Event) -> None:
+    """Let the thread of a probe go, which connects and asks for nothing.
+
+    It would wait out the ACSE timeout and count as an association meanwhile, so that a load balancer that looks every
+    second would fill the listener (pynetdicom #328, #669). None is what it gets when it has waited in vain.
+    """
+    if event.assoc.requestor.primitive is None:
+        event.assoc.dul.to_user_queue.put(None)
 
 
 def _on_common_negotiation(event: _Event) -> dict[UID, SOPClassCommonExtendedNegotiation]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -218,9 +217,8 @@ def _words(values: Sequence[str]) -> frozenset[str]:
 
 
 def _letters(part: str) -> str:
-    """Capitals without accents, joined by underscores."""
-    plain = unicodedata.normalize("NFKD", part.upper())
-    return re.sub(r"[^A-Z]+", "_", plain).strip("_")
+    """Capitals, joined by underscores (a CS has no accents, PS3.5 6.2)."""
+    return re.sub(r"[^A-Z]+", "_", part.upper()).strip("_")
 
 
 def _names_chest(part: str) -> bool:

@@ -1,0 +1,174 @@
+"""Triage: what is analysed, and the sentence for everything that is not."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_instances import SERIES, STUDY, dataset_bytes, header
+
+from node.intake.assembly import ClosedSeries
+from node.intake.header import InstanceHeader, read_header
+from node.intake.tiling import tile
+from node.intake.triage import MIN_COVERAGE_MM, MIN_SLICES, triage
+
+
+def closed(instances: list[InstanceHeader], reason: str = "") -> ClosedSeries:
+    complete = tile(instances).kind != "gap"
+    why = reason or ("" if complete else f"incomplete: {tile(instances).detail}")
+    return ClosedSeries(SERIES, STUDY, "CT1", "LUNGNODE", tuple(instances), (), complete and not reason, why)
+
+
+def chest(count: int = 150, step: float = 2.0, **changes: Any) -> list[InstanceHeader]:
+    values = {"slice_thickness": step, **changes}
+    return [header(n, **{"positions": ((-180.0, -180.0, n * step),), **values}) for n in range(count)]
+
+
+def said(instances: list[InstanceHeader], reason: str = "") -> str:
+    verdict = triage(closed(instances, reason))
+    assert verdict.analyse != verdict.reason.startswith("not analysed: ")
+    return verdict.reason.removeprefix("not analysed: ")
+
+
+def test_an_axial_chest_ct_is_analysed() -> None:
+    assert triage(closed(chest())).analyse
+    assert said(chest()) == "axial chest CT, 150 slices every 2.0 mm over 300 mm"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *("CHEST", "Thorax", "LUNG", "LUNGS", "CHEST_TO_PELVIS", "CHESTABDPELVIS", "CHESTABDOMEN", "NECKCHESTABDPELV"),
+        *("THORAX ABDOMEN", "TAP", "TORAX", "TORACE", "HR LUNG", "THORAX^ROUTINE", "CHST", "PULMONARY"),
+    ],
+)
+def test_the_chest_by_any_name(part: str) -> None:
+    assert said(chest(body_part=part)).startswith("axial chest CT")
+
+
+@pytest.mark.parametrize("part", ["", "BODY", "WHOLEBODY", "TRUNK", "UNDEFINED", "?"])
+def test_a_body_part_that_says_nothing_is_let_through(part: str) -> None:
+    assert said(chest(body_part=part)).startswith("axial CT, body part not given as chest")
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["HEAD", "ABDOMEN", "ABDOMENPELVIS", "HEADNECK", "TSPINE", "LSPINE", "THORACIC SPINE", "HEART", "CORONARY", "KNEE"],
+)
+def test_another_body_part_is_not(part: str) -> None:
+    assert said(chest(body_part=part)) == f"body part {part.replace(' ', '_')}, not chest"
+
+
+SR, SEG, CAPTURE = (f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("88.22", "66.4", "7"))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"sop_class_uid": "1.2.840.10008.5.1.4.1.1.88.67", "modality": "SR"}, "dose report"),
+        ({"sop_class_uid": SR, "modality": "SR"}, "structured report"),
+        ({"sop_class_uid": SEG, "modality": "SEG"}, "segmentation"),
+        ({"sop_class_uid": CAPTURE}, "secondary capture"),
+        ({"sop_class_uid": "1.2.840.10008.5.1.4.1.1.128", "modality": "PT"}, "PET images, not CT"),
+        ({"sop_class_uid": "1.3.12.2.1107.5.9.1"}, "no CT images, but a private object"),
+        ({"modality": "PT"}, "modality PT, not CT"),
+        ({"modality": ""}, "modality not given, not CT"),
+        ({"image_type": ("ORIGINAL", "PRIMARY", "LOCALIZER")}, "localizer (scout view)"),
+        ({"image_type": ("DERIVED", "SECONDARY", "REFORMATTED", "AVERAGE")}, "derived images (average, reformatted)"),
+        ({"image_type": ("DERIVED", "SECONDARY", "AXIAL", "CT_SOM5 MPR")}, "derived images (mpr), not the original"),
+        ({"orientation": (1, 0, 0, 0, 0, -1)}, "coronal slices, not axial"),
+        ({"orientation": (0, 1, 0, 0, 0, -1)}, "sagittal slices, not axial"),
+        ({"orientation": None}, "slices without position or orientation"),
+        ({"positions": ()}, "slices without position or orientation"),
+        ({"gantry_tilt": -12.0}, "gantry tilt of 12 degrees"),
+        ({"slice_thickness": 10.0}, "slices are 10.0 mm thick; at most 6 mm can be analysed"),
+    ],
+)
+def test_what_is_refused_and_why(change: dict[str, Any], why: str) -> None:
+    assert said(chest(**change)).startswith(why)
+
+
+def test_a_lossy_slice_is_derived_but_no_reformat() -> None:
+    assert said(chest(image_type=("DERIVED", "PRIMARY", "AXIAL"))).startswith("axial chest CT")
+
+
+def test_a_feet_first_or_prone_patient_is_axial() -> None:
+    for orientation in ((-1, 0, 0, 0, 1, 0), (-1, 0, 0, 0, -1, 0), (0, 1, 0, -1, 0, 0)):
+        assert said(chest(orientation=orientation)).startswith("axial chest CT")
+
+
+@given(st.floats(0, 45), st.sampled_from(["tilted gantry", "oblique reformat"]))
+def test_a_tilted_stack_is_told_from_an_oblique_one(degrees: float, kind: str) -> None:
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    # The table moves along z whatever the gantry does; a reformat moves along its own normal.
+    way = (0.0, 0.0, 1.0) if kind == "tilted gantry" else (0.0, sine, cosine)
+    slices = [
+        header(n, orientation=(1, 0, 0, 0, cosine, -sine), positions=((way[0], n * 2 * way[1], n * 2 * way[2]),))
+        for n in range(150)
+    ]
+    verdict = said(slices)
+    if kind == "tilted gantry" and degrees > 1.01:
+        assert verdict == f"gantry tilt of {degrees:.0f} degrees"
+    elif degrees > 10.01:
+        assert verdict.endswith(" slices, not axial")
+    elif degrees < 0.99 or (kind == "oblique reformat" and degrees < 9.99):
+        assert verdict.startswith("axial chest CT")
+
+
+def test_a_series_that_is_not_whole_is_not_analysed() -> None:
+    slices = chest()
+    gap = "incomplete: gap at z = 200.0 mm (4.0 mm between slices, 2.0 mm elsewhere)"
+    assert said([*slices[:100], *slices[101:]]) == gap
+    assert said(slices, "incomplete: the association was aborted") == "incomplete: the association was aborted"
+
+
+def test_too_few_too_far_too_short() -> None:
+    assert said(chest(1)) == f"1 slice; at least {MIN_SLICES} are needed"
+    assert said(chest(24, 5.0)) == f"24 slices; at least {MIN_SLICES} are needed"
+    assert said(chest(40, 10.0, slice_thickness=1.0)).startswith("slices are 10.0 mm apart")
+    assert said(chest(60)) == f"slices cover 120 mm; whole lungs need at least {MIN_COVERAGE_MM:g} mm"
+
+
+def test_slices_that_are_not_one_stack() -> None:
+    slices = chest()
+    assert said([*slices[:-1], header(149, z=298.0, rows=256)]) == "slices differ in matrix size"
+    scout = header(150, image_type=("ORIGINAL", "PRIMARY", "LOCALIZER"), orientation=(1, 0, 0, 0, 0, -1))
+    assert said([*slices, scout]) == "1 localizers among the slices"
+    twice = [header(n + 500, positions=one.positions) for n, one in enumerate(slices)]
+    assert said([*slices, *twice]).startswith("2 slices at each place")
+
+
+def test_an_enhanced_chest_ct_is_analysed() -> None:
+    frames = tuple((0.0, 0.0, 2.0 * n) for n in range(150))
+    enhanced = header(0, sop_class_uid="1.2.840.10008.5.1.4.1.1.2.1", positions=frames, number_of_frames=150)
+    assert said([enhanced]) == "axial chest CT, 150 slices every 2.0 mm over 300 mm"
+
+
+def test_only_what_readers_would_miss_is_told_of() -> None:
+    slices = chest()
+    tell = {
+        "gap": closed([*slices[:100], *slices[101:]]),
+        "tilt": closed(chest(gantry_tilt=12.0)),
+        "short": closed(chest(60)),
+    }
+    silent = {
+        "localizer": closed(chest(2, image_type=("ORIGINAL", "PRIMARY", "LOCALIZER"))),
+        "coronal": closed(chest(orientation=(1, 0, 0, 0, 0, -1))),
+        "head": closed(chest(body_part="HEAD")),
+        "report": closed([header(0, sop_class_uid=SR, modality="SR", positions=(), orientation=None)]),
+    }
+    assert {name: triage(series).tell for name, series in tell.items()} == dict.fromkeys(tell, True)
+    assert {name: triage(series).tell for name, series in silent.items()} == dict.fromkeys(silent, False)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("patient", "count"), [("P001", 148), ("normal001", 154)])
+def test_real_chest_cts_are_analysed(data_dir: Path, patient: str, count: int) -> None:
+    files = sorted((data_dir / "ct-series" / "covid-ct-md" / patient).glob("*.dcm"))
+    instances = [read_header(dataset_bytes(file.read_bytes()), "1.2.840.10008.1.2.4.70") for file in files]
+    assert said(instances) == f"axial chest CT, {count} slices every 2.0 mm over {2 * count} mm"
+    assert said(instances[:60] + instances[61:]).startswith("incomplete: gap at z = ")
