@@ -1,4 +1,4 @@
-"""Headers and encoded instances, made to measure for the intake tests."""
+"""Headers and encoded instances, made to measure for the intake tests, and a sender of just these bytes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.filewriter import dcmwrite
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
+from pynetdicom.association import Association
+from pynetdicom.dimse_primitives import C_STORE
 
 from node.intake.header import InstanceHeader
 
@@ -73,6 +75,15 @@ def save(ds: Dataset, path: Path, transfer_syntax: UID = ExplicitVRLittleEndian)
     with path.open("wb") as file:
         _write(file, ds, transfer_syntax)
     return path
+
+
+def send_raw(association: Association, raw: bytes, request: dict[str, str], context_id: int | None = None) -> None:
+    """A C-STORE request with just these bytes; pynetdicom's own sender would check and encode them anew."""
+    message = C_STORE()
+    message.MessageID, message.Priority, message.DataSet = 1, 2, BytesIO(raw)
+    for keyword, value in request.items():
+        setattr(message, keyword, value)
+    association.dimse.send_msg(message, context_id or association.accepted_contexts[0].context_id)
 
 
 def _write(file: Any, ds: Dataset, transfer_syntax: UID) -> None:

@@ -9,13 +9,12 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import free_port, tool, wait_for
-from made_instances import SERIES, STUDY, dataset, dataset_bytes, encoded, save
+from made_instances import SERIES, STUDY, dataset, dataset_bytes, encoded, save, send_raw
 from pydicom import DataElement, Dataset
 from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_VR
@@ -31,7 +30,6 @@ from pydicom.uid import (
 )
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
-from pynetdicom.dimse_primitives import C_STORE
 
 from node.intake.assembly import Assembly, ClosedSeries
 from node.intake.listener import TRANSFER_SYNTAXES, Listener, ListenerOptions
@@ -221,15 +219,6 @@ def status(node: Node, ds: Dataset, **request: Any) -> Dataset:
         send_raw(association, raw if "raw" not in primitive else primitive.pop("raw"), primitive)
         wait_for(lambda: bool(seen), 10, "the C-STORE response")
     return seen[0]
-
-
-def send_raw(association: Association, raw: bytes, values: dict[str, str]) -> None:
-    """A C-STORE request with just these bytes; pynetdicom's own sender would check and encode them anew."""
-    request = C_STORE()
-    request.MessageID, request.Priority, request.DataSet = 1, 2, BytesIO(raw)
-    for keyword, value in values.items():
-        setattr(request, keyword, value)
-    association.dimse.send_msg(request, association.accepted_contexts[0].context_id)
 
 
 def test_each_refusal_has_its_status_and_says_why(node: Callable[..., Node]) -> None:
