@@ -395,6 +395,5 @@ def _answer(status: int, comment: str) -> Dataset:
     answer = Dataset()
     answer.Status = status
     if comment:
-        # VR LO, at most 64 characters.
-        answer.ErrorComment = comment[:64]
+        answer.ErrorComment = comment[:64]  # VR LO
     return answer
