@@ -12,6 +12,11 @@ from sqlalchemy.orm import selectinload
 
 from node.ledger import Analysis, Delivery, Ledger, Object, Series
 
+_WHOLE = select(Series).options(
+    selectinload(Series.events),
+    selectinload(Series.analyses).selectinload(Analysis.objects).selectinload(Object.deliveries),
+)
+
 #: Colours of states; each state is also told by its word.
 STYLE = {
     "delivered": "green",
@@ -25,17 +30,17 @@ STYLE = {
 }
 
 
-def all_series(ledger: Ledger) -> list[Series]:
-    """Every generation of every series, newest first, with its events, analyses, objects and deliveries."""
-    whole = selectinload(Series.analyses).selectinload(Analysis.objects).selectinload(Object.deliveries)
+def all_series(ledger: Ledger, limit: int = 200) -> list[Series]:
+    """The newest generations of series, newest first, with their events, analyses, objects and deliveries."""
     with ledger() as session:
-        query = select(Series).options(whole, selectinload(Series.events)).order_by(Series.id.desc())
-        return list(session.scalars(query))
+        return list(session.scalars(_WHOLE.order_by(Series.id.desc()).limit(limit)))
 
 
 def find(ledger: Ledger, name: str) -> Series | None:
     """The newest series whose row number or series instance UID is `name`."""
-    return next((one for one in all_series(ledger) if name in (str(one.id), one.series_instance_uid)), None)
+    named = Series.id == int(name) if name.isdigit() else Series.series_instance_uid == name
+    with ledger() as session:
+        return session.scalars(_WHOLE.where(named).order_by(Series.id.desc()).limit(1)).first()
 
 
 def state(series: Series) -> str:

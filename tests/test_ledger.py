@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from node.ledger import (
     Series,
     backoff_s,
 )
+from node.telemetry.logs import plainly
 
 
 class Clock:
@@ -315,3 +317,15 @@ class Workers(RuleBasedStateMachine):
 
 TestWorkers = Workers.TestCase
 TestWorkers.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+
+
+def test_errors_are_told_without_the_values_of_others() -> None:
+    def told(error: Exception) -> str:
+        try:
+            raise error
+        except Exception as caught:
+            return plainly(caught)
+
+    assert told(ValueError("Doe^Jane")).startswith("ValueError at test_ledger.py:")
+    assert told(OSError(errno.ENOSPC, "Doe^Jane")).startswith("OSError ENOSPC at test_ledger.py:")
+    assert told(LeaseLost("row 5")).startswith("LeaseLost: row 5 at test_ledger.py:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -61,9 +62,17 @@ def _place_of_exception(_logger: Any, _method: str, line: structlog.typing.Event
 
 
 def plainly(error: BaseException) -> str:
-    """An exception in one line, type and place, without its values: they may hold patient data."""
+    """An exception in one line: its type and place, and its text only where that holds no patient data.
+
+    The text of our own exceptions is written to be free of it; that of others may quote a value they choked on.
+    """
     trace, place = error.__traceback__, "unknown place"
     while trace is not None:
         place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
         trace = trace.tb_next
-    return f"{type(error).__name__} at {place}"
+    what = type(error).__name__
+    if type(error).__module__.startswith(("node.", "models.")):
+        what = f"{what}: {error}"
+    elif isinstance(error, OSError) and error.errno is not None:
+        what = f"{what} {errno.errorcode.get(error.errno, error.errno)}"
+    return f"{what} at {place}"
