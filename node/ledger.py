@@ -70,7 +70,7 @@ class Series(Base):
     __tablename__ = "series"
     __table_args__ = (
         UniqueConstraint("series_instance_uid", "generation"),
-        UniqueConstraint("series_instance_uid", "content"),
+        UniqueConstraint("series_instance_uid", "content", "complete"),
     )
 
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -220,24 +220,35 @@ class Ledger:
         session.add(Event(series_id=series_id, at=time.time(), stage=stage, text=text))
 
     def add_series(
-        self, session: Session, uid: str, study_uid: str, sop_instance_uids: Iterable[str], **rest: Any
+        self, session: Session, uid: str, study_uid: str, sop_instance_uids: Iterable[str], complete: bool, **rest: Any
     ) -> Series | None:
-        """Record a closed series as its next generation; None when this very set of instances is known already."""
+        """Record a closed series as its next generation; None when it says nothing new.
+
+        The same set of instances is news only when it was incomplete and now is not: its sender came to the end.
+        """
         content = content_digest(sop_instance_uids)
         before = session.scalars(select(Series).where(Series.series_instance_uid == uid)).all()
-        if any(series.content == content for series in before):
+        if any(series.content == content and (series.complete or not complete) for series in before):
             return None
         row = Series(
             series_instance_uid=uid,
             study_instance_uid=study_uid,
             generation=1 + max((series.generation for series in before), default=0),
             content=content,
+            complete=complete,
             closed_at=time.time(),
             **rest,
         )
         session.add(row)
         session.flush()
         return row
+
+    def lacks(self, study_uid: str, series_uid: str) -> bool:
+        """Whether the newest generation of a series was closed as incomplete."""
+        mine = (Series.study_instance_uid == study_uid, Series.series_instance_uid == series_uid)
+        with self() as session:
+            complete = session.scalar(select(Series.complete).where(*mine).order_by(Series.id.desc()).limit(1))
+        return complete is False
 
     def owed(self, limit: int = 500) -> list[tuple[Work, int]]:
         """Work that nobody has and for which no bell was rung lately, oldest first; marks it as rung.

@@ -157,6 +157,7 @@ def intake(here: Node) -> Listener:
         lambda closed: series_closed(here, closed),
         me.quiet_period_s,
         recall=lambda study, series: ((one.header, one.path) for one in spool.series(study, series)),
+        lacking=here.ledger.lacks,
     )
     for study, series in spool.series_uids():
         if not _closed_before(here, series, {path.name for path in (here.spool / study / series).glob("*.dcm")}):

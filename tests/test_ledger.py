@@ -60,7 +60,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     made.engine.dispose()
 
 
-def add_series(ledger: Ledger, *sops: str, uid: str = "1.2") -> int | None:
+def add_series(ledger: Ledger, *sops: str, uid: str = "1.2", complete: bool = True) -> int | None:
     with ledger() as session:
         row = ledger.add_series(
             session,
@@ -69,7 +69,7 @@ def add_series(ledger: Ledger, *sops: str, uid: str = "1.2") -> int | None:
             sops or ("1.2.1", "1.2.2"),
             calling_ae="CT",
             instances=list(sops),
-            complete=True,
+            complete=complete,
             closed_because="test",
             verdict="test",
         )
@@ -130,6 +130,17 @@ def test_same_instances_are_the_same_generation_and_more_are_the_next(ledger: Le
     with ledger() as session:
         generations = [session.get_one(Series, row).generation for row in (first, second)]
     assert generations == [1, 2]
+
+
+def test_same_instances_are_news_when_they_turn_out_complete(ledger: Ledger) -> None:
+    assert add_series(ledger, "1.2.1", complete=False) is not None
+    assert ledger.lacks("1.1", "1.2")
+    assert add_series(ledger, "1.2.1", complete=False) is None
+    assert add_series(ledger, "1.2.1", complete=True) is not None
+    assert not ledger.lacks("1.1", "1.2")
+    assert add_series(ledger, "1.2.1", complete=False) is None
+    assert add_series(ledger, "1.2.1", complete=True) is None
+    assert not ledger.lacks("1.1", "1.3")
 
 
 def test_one_holder_at_a_time_and_done_is_done(ledger: Ledger) -> None:

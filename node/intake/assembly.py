@@ -83,6 +83,9 @@ class Assembly:
         Seconds without an instance after which a series is closed without proof.
     recall
         (study UID, series UID) → the instances already kept of the series, for series closed before.
+    lacking
+        (study UID, series UID) → whether the series was last closed as incomplete. Then also an instance that is here
+        already opens it: its sender may be sending again what broke off, and this time come to the end.
     clock
         Monotonic seconds.
     """
@@ -93,6 +96,7 @@ class Assembly:
         quiet_s: float,
         *,
         recall: Callable[[str, str], Iterable[tuple[InstanceHeader, Path]]] | None = None,
+        lacking: Callable[[str, str], bool] | None = None,
         grace_s: float = GRACE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -100,6 +104,7 @@ class Assembly:
         self._quiet_s = quiet_s
         self._grace_s = min(grace_s, quiet_s)
         self._recall = recall or (lambda _study, _series: ())
+        self._closed_lacking = lacking or (lambda _study, _series: False)
         self._clock = clock
         self._open: dict[_Key, _OpenSeries] = {}
         #: The series that each association sent last: it may be in the midst of it.
@@ -110,13 +115,13 @@ class Assembly:
         self._ticking = threading.Lock()
 
     def received(self, association: AssociationId, header: InstanceHeader, stored: Stored) -> None:
-        """An instance has been stored. What was there before ('same', 'differs') does not open a closed series."""
+        """An instance has been stored. What was there before ('same', 'differs') opens no series that is complete."""
         key = (header.study_instance_uid, header.series_instance_uid)
         with self._lock:
             self._sending[association] = key
             series = self._open.get(key)
             if series is None:
-                if stored.outcome != "new":
+                if stored.outcome != "new" and not self._closed_lacking(*key):
                     return
                 series = self._begin(key, header)
             if header.sop_instance_uid not in series.instances:

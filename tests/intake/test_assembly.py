@@ -33,7 +33,11 @@ class Rig:
         self.associations = 0
 
     def restarted(self) -> Assembly:
-        return Assembly(self.take, QUIET, recall=self.recall, grace_s=GRACE, clock=lambda: self.now)
+        return Assembly(self.take, QUIET, recall=self.recall, lacking=self.lacks, grace_s=GRACE, clock=lambda: self.now)
+
+    def lacks(self, _study: str, series: str) -> bool:
+        last = [one.complete for one in self.closed if one.series_instance_uid == series]
+        return last[-1:] == [False]
 
     def take(self, closed: ClosedSeries) -> None:
         if self.failing:
@@ -137,6 +141,17 @@ def test_an_abort_with_nothing_after_it_is_incomplete(rig: Rig) -> None:
     rig.wait(QUIET)
     why = "the association was aborted, so its end may be missing"
     assert rig.reasons() == [(10, False, f"incomplete: {why}; no instance came for 30 s")]
+
+
+def test_a_resend_mends_a_series_that_was_closed_as_incomplete(rig: Rig) -> None:
+    rig.send_all(range(10), "aborted")
+    rig.wait(QUIET)
+    rig.send_all(range(10))
+    rig.wait(QUIET)
+    assert rig.reasons()[1:] == [(10, True, f"{TILES}, and no instance came for 30 s")]
+    rig.send_all(range(10))
+    rig.wait(2 * QUIET)
+    assert len(rig.closed) == 2
 
 
 def test_another_associations_good_end_does_not_mend_an_abort(rig: Rig) -> None:

@@ -27,7 +27,7 @@ def upgrade() -> None:
         sa.Column("verdict", sa.Text(), nullable=False),
         sa.Column("closed_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
-        sa.UniqueConstraint("series_instance_uid", "content"),
+        sa.UniqueConstraint("series_instance_uid", "content", "complete"),
         sa.UniqueConstraint("series_instance_uid", "generation"),
     )
     with op.batch_alter_table("series", schema=None) as batch_op:
