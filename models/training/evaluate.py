@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from models.networks.xception_unet import XceptionUNet
 from models.training import datasets
 from models.training.datasets import Patient
-from models.training.train import PLANS, TEST_PHANTOMS, VALIDATION_PHANTOMS, Task, normalise, patients_of
+from models.training.sampling import Task, normalise
+from models.training.train import PLANS, TEST_PHANTOMS, VALIDATION_PHANTOMS, patients_of
 
 #: Thresholds and smallest lesions (pixels at `datasets.PIXEL_MM`, in a slice) that are tried.
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

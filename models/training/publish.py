@@ -18,7 +18,8 @@ from models.networks.xception_unet import XceptionUNet
 from models.registry import BUNDLES, WEIGHTS
 from models.training import datasets
 from models.training.evaluate import evaluate
-from models.training.train import HU_RANGE, PLANS, Task
+from models.training.sampling import HU_RANGE, Task
+from models.training.train import PLANS
 
 #: Lesions below this are not reported, mm³: as long as a slab is thick, the area that makes a slice positive.
 MINIMUM_LESION_MM3 = 60.0

@@ -1,0 +1,164 @@
+"""What a network sees while it learns: slices drawn fairly over the sources, cut out and varied.
+
+The variety is there to carry 8-bit windows and CLAHE over to plain HU of any scanner: monotone grey curves, gamma,
+gain, offset, blur, noise, the table taken away, the circle of the reconstruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from monai.transforms.compose import Compose
+from monai.transforms.intensity.dictionary import (
+    RandAdjustContrastd,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
+    RandHistogramShiftd,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+)
+from monai.transforms.spatial.dictionary import RandAffined
+from monai.transforms.transform import RandomizableTransform
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from models.training import datasets
+from models.training.datasets import Patient
+
+Task = Literal["lungs", "infection"]
+
+#: HU that the networks see; all beyond is clipped. Mapped to -1 ... 1.
+HU_RANGE = (-1000.0, 400.0)
+
+
+def normalise(hu: NDArray[np.int16] | NDArray[np.float32]) -> NDArray[np.float32]:
+    """HU to the -1 ... 1 that the networks take."""
+    low, high = HU_RANGE
+    scaled: NDArray[np.float32] = (np.clip(hu, low, high).astype(np.float32) - (low + high) / 2) * (2 / (high - low))
+    return scaled
+
+
+class Slices(IterableDataset[tuple[Tensor, Tensor]]):
+    """Endless augmented slices (image, target), drawn by source, then by patient, diseased slices more often.
+
+    Flips keep the sides true: what was the right lung is the left one after, and is called so.
+    """
+
+    def __init__(
+        self, task: Task, patients: Sequence[Patient], shares: dict[str, float], crop: int, seed: int | Sequence[int]
+    ) -> None:
+        self.crop, self.task, self.seed = crop, task, seed
+        self.sources = {source: [patient for patient in patients if patient.source == source] for source in shares}
+        self.sources = {source: members for source, members in self.sources.items() if members}
+        self.shares = np.array([shares[source] for source in self.sources])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = get_worker_info()
+        rng = np.random.default_rng([*np.atleast_1d(self.seed), 0 if worker is None else worker.id])
+        augment = _augmentation(self.crop)
+        augment.set_random_state(int(rng.integers(1 << 31)))
+        names = list(self.sources)
+        share = self.shares / self.shares.sum()
+        while True:
+            members = self.sources[names[rng.choice(len(names), p=share)]]
+            patient = members[rng.integers(len(members))]
+            index = self._slice(rng, patient)
+            target = self._target(patient, index)
+            hu = patient.hu[index].astype(np.float32)
+            if self.task == "lungs" and rng.random() < 0.3:
+                hu = np.where(datasets.body(patient.hu[index]), hu, -1000.0).astype(np.float32)
+            if rng.random() < 0.5:
+                hu, target = hu[:, ::-1], target[:, ::-1]
+                if self.task == "lungs":
+                    target = np.array([0, 2, 1], np.uint8)[target]
+            hu, target = _crop(rng, hu, target, _window(patient, index), self.crop)
+            item = augment({"image": torch.from_numpy(normalise(hu))[None], "target": torch.from_numpy(target)[None]})
+            image = item["image"].as_tensor().float().clamp(-1, 1)
+            yield image, item["target"].as_tensor().float()
+
+    def _slice(self, rng: np.random.Generator, patient: Patient) -> int:
+        wanted = patient.infection if self.task == "infection" else patient.lungs
+        if wanted is not None and rng.random() < (0.6 if self.task == "infection" else 0.8):
+            filled = np.flatnonzero(wanted.any((1, 2)))
+            if len(filled):
+                return int(filled[rng.integers(len(filled))])
+        return int(rng.integers(len(patient.hu)))
+
+    def _target(self, patient: Patient, index: int) -> NDArray[np.uint8]:
+        mask = patient.infection if self.task == "infection" else patient.lungs
+        if mask is None:
+            raise ValueError(f"{patient.id} has no mask of {self.task}")
+        drawn: NDArray[np.uint8] = mask[index].astype(np.uint8)
+        return drawn
+
+
+class _ScannerVariety(RandomizableTransform):
+    """The reconstruction circle, and a window's clipping: what 8-bit sources and old scanners do to a slice."""
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Change `image` in place of the item."""
+        image = item["image"]
+        if self.R.random() < 0.15:
+            size = image.shape[-1]
+            y, x = np.ogrid[:size, :size]
+            radius = self.R.uniform(0.47, 0.6) * size
+            outside = (y - size / 2) ** 2 + (x - size / 2) ** 2 > radius**2
+            image[:, torch.from_numpy(outside)] = -1.0
+        if self.R.random() < 0.3:
+            image = image.clamp(-1, self.R.uniform(0.3, 0.9))
+        item["image"] = image
+        return item
+
+
+def _augmentation(crop: int) -> Compose:
+    """Pose, then what carries CLAHE and lung windows to plain HU: monotone curves, gamma, gain, offset, blur, noise."""
+    return Compose(
+        [
+            RandAffined(
+                keys=("image", "target"),
+                prob=0.8,
+                rotate_range=0.17,
+                scale_range=(0.18, 0.18),
+                shear_range=(0.05, 0.05),
+                translate_range=12,
+                spatial_size=(crop, crop),
+                mode=("bilinear", "nearest"),
+                padding_mode="border",
+            ),
+            RandHistogramShiftd(keys="image", num_control_points=(5, 9), prob=0.3),
+            RandAdjustContrastd(keys="image", prob=0.4, gamma=(0.65, 1.5), retain_stats=False),
+            RandScaleIntensityd(keys="image", factors=0.12, prob=0.5),
+            RandShiftIntensityd(keys="image", offsets=0.08, prob=0.6),
+            RandGaussianSmoothd(keys="image", sigma_x=(0.4, 1.2), sigma_y=(0.4, 1.2), prob=0.25),
+            RandGaussianNoised(keys="image", prob=0.4, std=0.07),
+            _ScannerVariety(),
+        ]
+    )
+
+
+def _window(patient: Patient, index: int) -> tuple[float, float]:
+    """Centre (y, x) of what matters in a slice: the lungs where they are known."""
+    if patient.lungs is not None and patient.lungs[index].any():
+        rows, columns = (np.flatnonzero(patient.lungs[index].any(axis)) for axis in (1, 0))
+        return (rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2
+    return patient.hu.shape[1] / 2, patient.hu.shape[2] / 2
+
+
+def _crop(
+    rng: np.random.Generator,
+    hu: NDArray[np.float32],
+    target: NDArray[np.uint8],
+    centre: tuple[float, float],
+    size: int,
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Cut a square about the centre, or pad with air."""
+    images = np.full((size, size), -1024.0, np.float32), np.zeros((size, size), np.uint8)
+    low = [round(c + rng.uniform(-0.06, 0.06) * size) - size // 2 for c in centre]
+    here = tuple(slice(max(o, 0), min(o + size, n)) for o, n in zip(low, hu.shape, strict=True))
+    there = tuple(slice(s.start - o, s.stop - o) for s, o in zip(here, low, strict=True))
+    images[0][there], images[1][there] = hu[here], target[here]
+    return images

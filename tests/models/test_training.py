@@ -1,0 +1,122 @@
+"""Sampling keeps image and mask together, training goes on where it stopped, figures are what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.training import train
+from models.training.datasets import Patient, phantoms
+from models.training.evaluate import choose_threshold, dice, evaluate_infection, evaluate_lungs, figure
+from models.training.sampling import Slices, normalise
+
+
+@pytest.fixture(scope="module")
+def patients() -> Sequence[Patient]:
+    return phantoms([2, 3, 5], slices=8)
+
+
+class Oracle(torch.nn.Module):
+    """Finds what is brighter than a level, by its logits."""
+
+    def __init__(self, hu: float) -> None:
+        super().__init__()
+        self.level = float(normalise(np.array([hu], np.float32))[0])
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return 20 * (image - self.level)
+
+
+def test_flips_and_poses_keep_the_sides_true(patients: Sequence[Patient]) -> None:
+    for image, target in islice(Slices("lungs", patients, {"phantom": 1.0}, 256, 3), 40):
+        assert image.shape == target.shape == (1, 256, 256)
+        assert -1 <= image.min() <= image.max() <= 1
+        assert set(np.unique(target)) <= {0, 1, 2}
+        columns = torch.arange(256).expand(1, 256, 256)
+        if (target == 1).sum() > 500 and (target == 2).sum() > 500:
+            assert columns[target == 1].float().mean() < columns[target == 2].float().mean()
+            lungs, rest = image[target > 0].median(), image[:, 60:200, 60:200][target[:, 60:200, 60:200] == 0].mean()
+            assert lungs < rest, "the mask must lie on what is dark"
+
+
+def test_a_patient_without_a_mask_is_refused(patients: Sequence[Patient]) -> None:
+    bare = Patient("bare", "phantom", "own", patients[0].hu, None, patients[0].infection)
+    with pytest.raises(ValueError, match="bare has no mask of lungs"):
+        next(iter(Slices("lungs", [bare], {"phantom": 1.0}, 64, 0)))
+
+
+def test_training_learns_stops_and_goes_on(patients: Sequence[Patient], tmp_path: Path) -> None:
+    weights = train.fit("infection", patients, 0.03, 1, tmp_path)
+    first = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert first["step"] > 0
+    before = load_file(weights)
+    train.fit("infection", patients, first["spent"] / 60 + 0.02, 1, tmp_path)
+    second = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert second["step"] > first["step"]
+    after = load_file(weights)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.isfinite(value).all() for value in after.values())
+
+
+def test_dice() -> None:
+    truth = np.zeros((2, 4, 4), bool)
+    truth[0, :2] = True
+    assert dice(truth, truth) == 1
+    assert dice(~truth, truth) == 0
+    assert dice(np.zeros_like(truth), np.zeros_like(truth)) == 1
+    half = truth.copy()
+    half[0, 0] = False
+    assert dice(half, truth) == pytest.approx(2 * 4 / (4 + 8))
+
+
+def test_the_interval_holds_the_mean() -> None:
+    made = figure("set", "Dice", {"a": 0.5, "b": 0.7, "c": 0.9})
+    assert made.low < made.mean < made.high
+    assert made.mean == pytest.approx(0.7)
+    assert made.patients == 3
+    alone = figure("set", "Dice", {"a": 0.5})
+    assert alone.low == alone.mean == alone.high == 0.5
+
+
+def test_figures_of_a_network_that_sees_density(patients: Sequence[Patient]) -> None:
+    figures = {(f.source, f.measure): f for f in evaluate_infection(Oracle(-500), patients, 0.5)}
+    found = figures["phantom", "Dice infection"]
+    assert 0.1 < found.mean < 1
+    assert figures["phantom", "healthy slices called positive"].patients == 1
+    never = {f.measure: f.mean for f in evaluate_infection(Oracle(4000), patients, 0.5)}
+    assert never["Dice infection"] == 0
+    assert never["healthy slices called positive"] == 0
+
+
+def test_lungs_by_side(patients: Sequence[Patient]) -> None:
+    class Sides(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            left = torch.zeros_like(image)
+            left[..., image.shape[-1] // 2 :] = 1
+            dark = ((image < -0.4) & (image > -0.98)).float() * 9
+            return torch.cat([torch.full_like(image, 5), dark * (1 - left), dark * left], 1)
+
+    patient = patients[0]
+    assert patient.lungs is not None
+    swapped = replace(patient, lungs=np.array([0, 2, 1], np.uint8)[patient.lungs])
+    scores = {f.measure: f.mean for f in evaluate_lungs(Sides(), [patient])}
+    assert scores["Dice lungs"] > 0.35
+    for side in ("right", "left"):
+        assert scores[f"Dice {side}"] > 0.35
+        assert {f.measure: f.mean for f in evaluate_lungs(Sides(), [swapped])}[f"Dice {side}"] < 0.15
+
+
+def test_the_threshold_leaves_healthy_slices_alone(patients: Sequence[Patient]) -> None:
+    real = [Patient(f"real_{p.id}", "real", "own", p.hu, p.lungs, p.infection) for p in patients]
+    threshold, table = choose_threshold(Oracle(-420), real)
+    assert table[str(threshold)]["false_positive_slices"] <= 0.02 or threshold == 0.9
+    rates = [row["false_positive_slices"] for row in table.values()]
+    assert rates == sorted(rates, reverse=True)
