@@ -41,6 +41,11 @@ _STRAYS = 24
 #: the diaphragm.
 _HOLE_MM2 = 150.0
 
+#: An island of the lungs in an axial slice is free gas, in airway or bowel, when it is at most so large, mm², and its
+#: core's median as dark as this: aerated lung is about -850 HU, gas -1000.
+_GAS_MM2 = 900.0
+_GAS_HU = -935.0
+
 #: The infection network sees the lungs' box and so much around it, mm.
 _MARGIN_MM = 15.0
 
@@ -140,7 +145,7 @@ class Segmenter:
         for rows, logits, done in self._lungs.run(image):
             chances[:, rows] = torch.softmax(logits, 1)[:, 1:].transpose(0, 1).cpu()
             tell("lungs", done)
-        return _clean_lungs(chances, spacing)
+        return _clean_lungs(chances, image, spacing)
 
     def _segment_infection(
         self, image: Tensor, sides: Tensor, spacing: tuple[float, float, float], tell: Progress
@@ -229,10 +234,10 @@ def _grow(
     return lungs, probability
 
 
-def _clean_lungs(chances: Tensor, spacing: tuple[float, float, float]) -> Tensor:
-    """One component a side, its holes filled; strays of one side within the other change sides."""
+def _clean_lungs(chances: Tensor, image: Tensor, spacing: tuple[float, float, float]) -> Tensor:
+    """One component a side, its holes filled; strays of one side within the other change sides, free gas goes."""
     label = torch.where(chances[0] >= chances[1], RIGHT, LEFT) * (chances.sum(0) > 0.5)
-    sides = _largest_each(label.to(torch.uint8).numpy())
+    sides = _largest_each(_without_gas(label.to(torch.uint8).numpy(), image.numpy(), spacing))
     fields = torch.zeros_like(chances)
     any_lung = chances.sum(0)
     for index, side in enumerate((RIGHT, LEFT)):
@@ -242,6 +247,24 @@ def _clean_lungs(chances: Tensor, spacing: tuple[float, float, float]) -> Tensor
         fields[index][torch.from_numpy(mask)] = any_lung[torch.from_numpy(mask)].clamp(min=0.55)
         fields[index][torch.from_numpy(rim)] = any_lung[torch.from_numpy(rim)].clamp(max=0.45)
     return fields
+
+
+def _without_gas(
+    label: NDArray[np.uint8], hu: NDArray[np.float32], spacing: tuple[float, float, float]
+) -> NDArray[np.uint8]:
+    """The label without islands of free gas in axial slices: trachea above the carina, colon beside the lung base."""
+    limit = _GAS_MM2 / (spacing[1] * spacing[2])
+    for plane, values in zip(label, hu, strict=True):
+        islands, count = ndimage.label(plane)
+        if not count:
+            continue
+        sizes = np.bincount(islands.ravel(), minlength=count + 1)
+        inner = islands * ndimage.binary_erosion(plane > 0)
+        for island in 1 + np.flatnonzero(sizes[1:] <= limit):
+            core = values[inner == island]
+            if len(core) and np.median(core) < _GAS_HU:
+                plane[islands == island] = 0
+    return label
 
 
 def _largest_each(label: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.inference import LEFT, RIGHT, Segmentation, Segmenter
+from models.inference import LEFT, RIGHT, Segmentation, Segmenter, _largest_each, _without_gas
 from models.registry import load_bundle
 from models.training.phantom import Phantom, phantom
 
@@ -95,6 +95,31 @@ def test_progress_and_timings(segmenter: Segmenter) -> None:
         assert parts == sorted(parts)
         assert parts[-1] == 1.0
     assert set(found.timings) >= {"resample", "lungs", "infection", "restore"}
+
+
+def chest() -> tuple[np.ndarray, np.ndarray]:
+    """Label and HU of two box-shaped lungs, 2 mm voxels."""
+    label = np.zeros((10, 60, 100), np.uint8)
+    label[1:9, 10:50, 5:40], label[1:9, 10:50, 60:95] = RIGHT, LEFT
+    return label, np.where(label > 0, -850, 40).astype(np.float32)
+
+
+def test_the_trachea_is_no_lung_but_a_thin_apex_is() -> None:
+    truth, hu = chest()
+    truth[9, 20:26, 20:26] = RIGHT
+    hu[9, 20:26, 20:26] = -860
+    label = truth.copy()
+    label[2:10, 26:34, 46:54] = RIGHT
+    hu[2:10, 26:34, 46:54] = -990
+    assert np.array_equal(_without_gas(label, hu, (2.0, 2.0, 2.0)), truth)
+
+
+def test_strays_change_sides_and_dust_goes() -> None:
+    truth, _ = chest()
+    label = truth.copy()
+    label[3:6, 20:30, 90:95] = RIGHT  # A patch of the left lung called right.
+    label[0, 2:4, 2:4] = LEFT  # Dust outside.
+    assert np.array_equal(_largest_each(label), truth)
 
 
 @pytest.mark.parametrize(("shape", "spacing"), [((4, 4), (1, 1, 1)), ((0, 4, 4), (1, 1, 1)), ((4, 4, 4), (1, 0, 1))])
