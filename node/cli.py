@@ -36,6 +36,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 @app.callback()
 def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+    from node.telemetry import logs
+
+    logs.configure("WARNING")  # commands that run as services say more
     if version:
         out.print(__version__)
         raise typer.Exit

@@ -72,7 +72,7 @@ def _series(folder: Path | None, made: Path, console: Console) -> list[Path]:
             raise DemoError(f"no files in {folder}")
         return files
     with console.status("making a phantom thorax …"):
-        return write_series(phantom(SEED, severity=2), made, SEED)
+        return write_series(phantom(SEED, severity=3), made, SEED)
 
 
 def _settings(out: Path) -> Path:
@@ -100,7 +100,7 @@ def _archive(peer: Peer, folder: Path) -> Iterator[None]:
         return 0x0000
 
     entity = AE(ae_title=peer.ae_title)
-    entity.supported_contexts = [*AllStoragePresentationContexts[:127], build_context(VERIFICATION)]
+    entity.supported_contexts = [*AllStoragePresentationContexts, build_context(VERIFICATION)]
     server = entity.start_server((peer.host, peer.port), block=False, evt_handlers=[(evt.EVT_C_STORE, keep)])
     try:
         yield
@@ -196,6 +196,8 @@ def _show(here: Node, series: Series, out: Path, console: Console) -> None:
     console.print()
     for made in analysis.objects:
         received = out / "archive" / f"{made.sop_instance_uid}.dcm"
+        if not received.exists():
+            continue
         console.print(f"{made.kind:14} {_short(received)}", soft_wrap=True, highlight=False)
         if made.kind == "capture":
             _picture(received, out / "overlay.png")
@@ -210,12 +212,13 @@ def _picture(capture: Path, png: Path) -> None:
     frames = dcmread(capture).pixel_array
     frames = frames if frames.ndim == 4 else frames[None]
     side = frames.shape[1]
-    rest = [frames[1 + n] for n in np.linspace(0, len(frames) - 2, min(9, len(frames) - 1)).round().astype(int)]
-    montage = Image.new("RGB", (side + 3 * side // 2, 3 * side // 2) if rest else (side, side))
+    rest = [frames[1 + n] for n in np.linspace(0, len(frames) - 2, min(6, len(frames) - 1)).round().astype(int)]
+    tile = side * 2 // 3
+    montage = Image.new("RGB", (side + 3 * tile, 2 * tile) if rest else (side, side))
     montage.paste(Image.fromarray(frames[0]), (0, (montage.height - side) // 2))
     for n, frame in enumerate(rest):
-        tile = Image.fromarray(frame).resize((side // 2, side // 2), Image.Resampling.LANCZOS)
-        montage.paste(tile, (side + n % 3 * (side // 2), n // 3 * (side // 2)))
+        picture = Image.fromarray(frame).resize((tile, tile), Image.Resampling.LANCZOS)
+        montage.paste(picture, (side + n % 3 * tile, n // 3 * tile))
     montage.save(png)
 
 

@@ -54,10 +54,10 @@ def state(series: Series) -> str:
             return word
     if "waiting" in states:
         return "waiting"
-    if sent & {"failed", "refused"}:
-        return "failed" if "failed" in sent else "refused"
     if sent & {"waiting", "running"}:
         return "delivering"
+    if sent & {"failed", "refused"}:
+        return "failed" if "failed" in sent else "refused"
     return "not analysed" if "refused" in states else "delivered"
 
 
