@@ -14,7 +14,10 @@ from node.ledger import Analysis, Delivery, Ledger, Object, Series
 
 _WHOLE = select(Series).options(
     selectinload(Series.events),
-    selectinload(Series.analyses).selectinload(Analysis.objects).selectinload(Object.deliveries),
+    selectinload(Series.analyses)
+    .selectinload(Analysis.objects)
+    .selectinload(Object.deliveries)
+    .joinedload(Delivery.object),
 )
 
 #: Colours of states; each state is also told by its word.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import REPOSITORY, free_port, running_node, wait_for
+from rich.console import Console
 from typer.testing import CliRunner
 
 from node.cli import app
 from node.ledger import Analysis, Delivery, Ledger, Object
-from node.status import all_series, state
+from node.status import all_series, as_json, state, table, timeline
 
 RUNNER = CliRunner()
 
@@ -96,7 +98,17 @@ def test_state_is_told_in_a_word(tmp_path: Path, analysis: str | None, deliverie
             }
             row.objects = [Object(**names, deliveries=owed)]
             session.add(row)
-    assert [state(one) for one in all_series(ledger)] == [word]
+        ledger.tell(session, series.id, "received", "one instance")
+    (one,) = all_series(ledger)
+    assert state(one) == word
+    (told,) = as_json([one])
+    assert told["state"] == word
+    pages = Console(width=160, record=True, file=io.StringIO())
+    pages.print(table([one]), timeline(one))
+    text = pages.export_text()
+    assert word in text
+    assert "one instance" in text
+    assert text.count("sr to p") == sum(one in ("waiting", "running", "failed") for one in deliveries)
     ledger.engine.dispose()
 
 

@@ -47,9 +47,19 @@ def configure(level: str | None = None) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel((level or os.environ.get("LUNGNODE_LOG_LEVEL") or "INFO").upper())
-    # Association logs of pynetdicom name every message; data sets that pydicom cannot parse are quoted in its warnings.
-    for chatty in ("pynetdicom", "pydicom", "alembic", "numba", "PIL", "highdicom"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    # Data sets that pydicom cannot parse are quoted in its warnings, and what pynetdicom says of a failed association
+    # we say ourselves, with the peer's name. Celery tells of each task that it was received and done.
+    levels = {
+        "pydicom": "ERROR",
+        "highdicom": "ERROR",
+        "pynetdicom": "CRITICAL",
+        "celery": "WARNING",
+        "kombu": "WARNING",
+    }
+    for name in ("alembic", "numba", "PIL"):
+        levels[name] = "WARNING"
+    for name, quieter in levels.items():
+        logging.getLogger(name).setLevel(quieter)
 
 
 def _place_of_exception(_logger: Any, _method: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
