@@ -261,8 +261,8 @@ def _without_gas(
         sizes = np.bincount(islands.ravel(), minlength=count + 1)
         inner = islands * ndimage.binary_erosion(plane > 0)
         for island in 1 + np.flatnonzero(sizes[1:] <= limit):
-            core = values[inner == island]
-            if len(core) and np.median(core) < _GAS_HU:
+            core = inner == island
+            if np.median(values[core if core.any() else islands == island]) < _GAS_HU:
                 plane[islands == island] = 0
     return label
 
