@@ -13,6 +13,7 @@ PYTEST ?=
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/runtime
+	@$(BIN)/python -c 'from node.broker import redis_server; redis_server()' 2>/dev/null || sh tests/peers.sh redis-server
 	@$(BIN)/lungnode demo $(DIR)
 
 test: $(VENV)/develop peers
@@ -42,7 +43,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "lungnode needs Python 3.11 or newer; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || sh tests/peers.sh python3-venv
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # torch goes first and by its exact version: left to the resolver, another package draws in the newest build.
 $(VENV)/runtime: pyproject.toml constraints.txt | $(BIN)/python

@@ -13,15 +13,21 @@ import secrets
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+from urllib.parse import urlsplit
 
 import redis
+import structlog
 
 from node.config import Settings
 from node.processes import dies_with_parent
+
+log = structlog.get_logger(__name__)
 
 #: Seconds to wait until a redis-server that was just started answers.
 START_S = 15.0
@@ -43,22 +49,13 @@ def broker(settings: Settings) -> Iterator[str]:
         return
     folder = settings.data / "broker"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield _wait_until_it_answers(folder, None)
-            return
-        process = _start(folder)
-        try:
-            yield _wait_until_it_answers(folder, process)
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    redis_server()  # says so now when there is none
+    keeper = _Keeper(folder)
+    keeper.start()
+    try:
+        yield _wait_until_it_answers(folder)
+    finally:
+        keeper.stop()
 
 
 def redis_server() -> Path:
@@ -73,12 +70,64 @@ def redis_server() -> Path:
     raise BrokerError("no redis-server found: install redis-server, or set `broker:` to the URL of a Redis")
 
 
-def _start(folder: Path) -> subprocess.Popen[bytes]:
+class _Keeper(threading.Thread):
+    """Keeps the redis-server of a data folder running, on the same port and with the same password.
+
+    One process of an installation does so, the one that has the lock; when it ends, another takes over.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(name="broker", daemon=True)
+        self._folder = folder
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        """Wait for the lock, then start the server, and start it again when it dies."""
+        with (self._folder / "lock").open("w") as lock:
+            while not self._locked(lock):
+                if self._stopping.wait(0.5):
+                    return
+            _configure(self._folder)
+            process = _start(self._folder)
+            while not self._stopping.wait(0.5):
+                if process.poll() is not None:
+                    log.error("the embedded redis-server ended and is started again", exit_status=process.returncode)
+                    process = _start(self._folder)
+                    self._stopping.wait(2)
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def stop(self) -> None:
+        """Stop the server, which writes down what it holds."""
+        self._stopping.set()
+        self.join()
+
+    @staticmethod
+    def _locked(lock: IO[str]) -> bool:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def _configure(folder: Path) -> None:
+    """Choose port and password, or keep those of the last time while the port is free: others may know them."""
+    with suppress(OSError, ValueError):
+        before = urlsplit((folder / "url").read_text())
+        if before.port and (folder / "redis.conf").exists():
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", before.port))
+            return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     password = secrets.token_urlsafe(32)
-    (folder / "url").unlink(missing_ok=True)
     settings = [
         f"port {port}",
         "bind 127.0.0.1",
@@ -91,11 +140,14 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
     ]
     _write_privately(folder / "redis.conf", "\n".join(settings) + "\n")
     _write_privately(folder / "url", f"redis://:{password}@127.0.0.1:{port}/0")
-    with (folder / "redis.log").open("ab") as log:
+
+
+def _start(folder: Path) -> subprocess.Popen[bytes]:
+    with (folder / "redis.log").open("wb") as output:  # of this start only: it must not grow for ever
         return subprocess.Popen(
             [redis_server(), folder / "redis.conf"],
-            stdout=log,
-            stderr=log,
+            stdout=output,
+            stderr=output,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for us: the broker stops last
             preexec_fn=dies_with_parent,
@@ -107,11 +159,9 @@ def _write_privately(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _wait_until_it_answers(folder: Path, process: subprocess.Popen[bytes] | None) -> str:
+def _wait_until_it_answers(folder: Path) -> str:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
-        if process is not None and process.poll() is not None:
-            break
         with suppress(OSError, redis.RedisError):
             url = (folder / "url").read_text()
             with redis.Redis.from_url(url, socket_connect_timeout=1) as client:

@@ -9,7 +9,7 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from node import __version__
 from node.config import CONFIG_VARIABLE, ConfigError, Peer, Settings, load, schema
+
+if TYPE_CHECKING:
+    from node.ledger import Ledger
 
 app = typer.Typer(
     name="lungnode",
@@ -134,8 +137,13 @@ def _work_on(queue: str, url: str) -> None:
     from node import tasks
 
     tasks.app.conf.broker_url = url
+    if queue == "deliver":
+        # Not in the other worker, which forks: a child forked in the midst of a sweep inherits SQLite's locks for good.
+        tasks.Sweeper(tasks.node()).start()
     pool = ["--pool", "prefork", "--concurrency", "1"] if queue == "analyse" else ["--pool", "threads", "-c", "4"]
     arguments = ["worker", "--queues", queue, "--hostname", f"{queue}@%h", "--without-gossip", "--without-mingle"]
+    # Celery must not tell a broker that is gone that it goes: it would wait for it for ever.
+    arguments.append("--without-heartbeat")
     with suppress(SystemExit):
         tasks.app.worker_main([*arguments, *pool, "--loglevel", "WARNING"])
 
@@ -179,7 +187,7 @@ def send(
 
     settings = _settings(config)
     target = _peer(settings, peer)
-    items, skipped = _outgoing(folder)
+    items = Outgoing.below(folder)
     refused: list[str] = []
     with _progress("{task.description}", MofNCompleteColumn()) as progress:
         bar = progress.add_task(f"sending to {target.ae_title}", total=len(items))
@@ -196,7 +204,7 @@ def send(
             _fail(str(error))
     for line in refused:
         err.print(line, highlight=False)
-    err.print(f"{len(items) - len(refused)} sent, {len(refused)} refused, {skipped} files that are not DICOM skipped")
+    err.print(f"{len(items) - len(refused)} sent, {len(refused)} refused" if items else f"no DICOM files in {folder}")
     if refused or not items:
         raise typer.Exit(1)
 
@@ -227,9 +235,8 @@ def status(
 ) -> None:
     """Show what was received, what became of it, and what is still owed."""
     from node import status as view
-    from node.tasks import Node
 
-    ledger = Node.open(_settings(config)).ledger
+    ledger = _ledger(config)
     if series is None:
         everything = view.all_series(ledger)
         if as_json:
@@ -237,7 +244,7 @@ def status(
         elif everything:
             out.print(view.table(everything))
         else:
-            out.print("nothing received yet")
+            out.print(f"nothing received yet ({ledger.engine.url.database})", highlight=False, soft_wrap=True)
         return
     one = view.find(ledger, series)
     if one is None:
@@ -250,19 +257,23 @@ def status(
 
 @app.command()
 def retry(
-    series: Annotated[str, typer.Argument(help="Number or UID of a series, as `lungnode status` shows it.")],
+    series: Annotated[
+        str | None, typer.Argument(help="Number or UID of a series, as `lungnode status` shows it.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Everything that failed, was refused or waits.")] = False,
     config: Config = None,
 ) -> None:
-    """Try again, now, what failed or was refused of a series."""
+    """Try again, now, what failed, was refused, or waits for its next attempt."""
     from node import status as view
-    from node.tasks import Node
 
-    ledger = Node.open(_settings(config)).ledger
-    one = view.find(ledger, series)
-    if one is None:
+    ledger = _ledger(config)
+    if everything == (series is not None):
+        _fail("name a series, or --all")
+    one = view.find(ledger, series) if series else None
+    if series and one is None:
         _fail(f"no series {series}; `lungnode status` lists them")
-    count = ledger.retry(one.id)
-    out.print(f"{count} owed again" if count else "nothing of it failed or waits")
+    count = sum(ledger.retry(row) for row in ([one.id] if one else ledger.series_ids()))
+    out.print(f"{count} owed again" if count else "nothing failed, was refused or waits")
 
 
 @app.command()
@@ -321,6 +332,19 @@ def _settings(config: Path | None) -> Settings:
         _fail(str(error))
 
 
+def _ledger(config: Path | None) -> Ledger:
+    """The installation's ledger, which must be there: a look at it makes nothing."""
+    from node.ledger import Ledger
+    from node.tasks import LEDGER
+
+    file = _settings(config).data / LEDGER
+    if not file.exists():
+        _fail(f"no ledger at {file}: nothing was received yet, or --config or the working folder is another's")
+    ledger = Ledger(f"sqlite:///{file}")
+    ledger.migrate()
+    return ledger
+
+
 def _environment(config: Path | None, broker_url: str) -> dict[str, str]:
     """What a child process needs to have the same settings; the broker's password travels here, not in arguments."""
     named = {CONFIG_VARIABLE: str(config.resolve())} if config else {}
@@ -336,22 +360,6 @@ def _peer(settings: Settings, name: str) -> Peer:
         known = ", ".join(settings.peers) or "none"
         _fail(f"no peer '{name}' in the settings (there: {known}), and it is not AE@HOST:PORT")
     return Peer(ae_title=ae_title, host=host, port=int(port))
-
-
-def _outgoing(folder: Path) -> tuple[list[Any], int]:
-    """The Part 10 files at or below a path, and how many other files there were."""
-    from pydicom.errors import InvalidDicomError
-
-    from node.delivery.peer import Outgoing
-
-    files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
-    items, skipped = [], 0
-    for path in files:
-        try:
-            items.append(Outgoing.read(path))
-        except (InvalidDicomError, AttributeError):
-            skipped += 1
-    return items, skipped
 
 
 def _progress(text: str, *more: Any) -> Progress:

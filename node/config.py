@@ -1,7 +1,7 @@
 """`config/*.yaml` → typed `Settings`; every error names file, line, key and the mend.
 
-`config/node.yaml` is the commented default. Secrets never stand in the file: a broker or ledger URL that carries a
-password is read from `LUNGNODE_BROKER` or `LUNGNODE_LEDGER`.
+`config/node.yaml` is the commented default. Secrets never stand in the file: a broker
+URL that carries a password is read from `LUNGNODE_BROKER`.
 """
 
 from __future__ import annotations
@@ -115,8 +115,6 @@ class Settings(_Section):
     """tried in order; the first that matches takes the series"""
     broker: str = Field("embedded", pattern=r"^(embedded|rediss?://.+)$", examples=["embedded"])
     """'embedded' starts a private redis-server on loopback; a redis:// URL uses yours"""
-    ledger: str = Field("sqlite", pattern=r"^(sqlite|postgresql(\+\w+)?://.+)$", examples=["sqlite"])
-    """'sqlite' keeps the ledger in the data folder; a postgresql:// URL uses yours"""
     worker: Worker = Worker()
     """the processes that analyse"""
 
@@ -216,21 +214,15 @@ def _matches(value: Any, wanted: str | tuple[str, ...]) -> bool:
 
 
 def _with_secrets(settings: Settings) -> Settings:
-    urls = {"broker": os.environ.get("LUNGNODE_BROKER"), "ledger": os.environ.get("LUNGNODE_LEDGER")}
-    given = {key: url for key, url in urls.items() if url}
-    return settings.model_copy(update=given) if given else settings
+    url = os.environ.get("LUNGNODE_BROKER")
+    return settings.model_copy(update={"broker": url}) if url else settings
 
 
 def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
     """What no single value shows: names that must exist elsewhere, secrets in the file."""
-    for key in ("broker", "ledger"):
-        if urlsplit(getattr(settings, key)).password:
-            variable = f"LUNGNODE_{key.upper()}"
-            yield (
-                (key,),
-                "holds a password",
-                f"Take the URL out of the file and set it in the environment as {variable}.",
-            )
+    if urlsplit(settings.broker).password:
+        mend = "Take the URL out of the file and set it in the environment as LUNGNODE_BROKER."
+        yield ("broker",), "holds a password", mend
     seen: set[str] = set()
     for n, route in enumerate(settings.routes):
         if route.name in seen:

@@ -23,6 +23,7 @@ from pynetdicom import AE, evt
 from pynetdicom.presentation import AllStoragePresentationContexts, build_context
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from models.training.phantom import phantom
 from node import status
@@ -36,6 +37,9 @@ from node.tasks import Node
 #: The phantom of the demo: a thorax with ground glass and consolidation in both lungs.
 SEED = 7
 
+#: A file that says that a folder is a demo's own.
+MARK = "made-by-lungnode-demo"
+
 #: Seconds that the whole journey may take before the demo gives up, and to wait for the node to start.
 GIVE_UP_S = 900.0
 START_S = 60.0
@@ -47,17 +51,14 @@ class DemoError(RuntimeError):
 
 def run(folder: Path | None, out: Path, console: Console) -> None:
     """Send the CT in `folder`, or a phantom, through a node in `out`, and show the journey and the findings."""
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
     out = out.resolve()
-    files = _series(folder, out / "phantom", console)
-    items = [Outgoing.read(path) for path in files]
+    _make_room(out, folder)
+    items = _series(folder, out / "phantom", console)
     settings_file = _settings(out)
     settings = load(settings_file)
-    with _archive(settings.peers["archive"], out / "archive"), _node(settings_file, out / "node.log"):
+    with _archive(settings.peers["archive"], out / "archive"), _node(settings_file, out / "node.log") as node:
         me = Peer(ae_title=settings.listener.ae_title, host="127.0.0.1", port=settings.listener.port)
-        _wait_for_echo(me, out / "node.log")
+        _wait_for_echo(me, node, out / "node.log")
         console.print(f"node {me.ae_title} listens on port {me.port}, log in {_short(out / 'node.log')}")
         _send(items, me, console)
         here = Node.open(settings)
@@ -65,14 +66,26 @@ def run(folder: Path | None, out: Path, console: Console) -> None:
     _show(here, series, out, console)
 
 
-def _series(folder: Path | None, made: Path, console: Console) -> list[Path]:
-    if folder is not None:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        if not files:
-            raise DemoError(f"no files in {folder}")
-        return files
-    with console.status("making a phantom thorax …"):
-        return write_series(phantom(SEED, severity=3), made, SEED)
+def _make_room(out: Path, folder: Path | None) -> None:
+    """An empty folder; one that is not of an earlier demo is left alone."""
+    if folder is not None and folder.resolve().is_relative_to(out):
+        raise DemoError(f"the CT lies in {out}, which the demo would clear; choose another --out")
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARK).exists():
+            raise DemoError(f"{out} is not empty and not of a demo; choose another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).write_text("Made by `lungnode demo`, which clears this folder when it runs again.\n")
+
+
+def _series(folder: Path | None, made: Path, console: Console) -> list[Outgoing]:
+    if folder is None:
+        with console.status("making a phantom thorax …"):
+            write_series(phantom(SEED, severity=3), made, SEED)
+    items = Outgoing.below(folder or made)
+    if not items:
+        raise DemoError(f"no DICOM files in {folder}")
+    return items
 
 
 def _settings(out: Path) -> Path:
@@ -110,18 +123,18 @@ def _archive(peer: Peer, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _node(settings_file: Path, log_file: Path) -> Iterator[None]:
+def _node(settings_file: Path, log_file: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`lungnode up`, stopped at the end as by Ctrl-C."""
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "node", "up"],
-            env={**os.environ, CONFIG_VARIABLE: str(settings_file), "LUNGNODE_BROKER": "", "LUNGNODE_LEDGER": ""},
+            env={**os.environ, CONFIG_VARIABLE: str(settings_file), "LUNGNODE_BROKER": ""},
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
         try:
-            yield
+            yield process
         finally:
             process.send_signal(signal.SIGINT)
             try:
@@ -130,9 +143,9 @@ def _node(settings_file: Path, log_file: Path) -> Iterator[None]:
                 process.kill()
 
 
-def _wait_for_echo(me: Peer, log_file: Path) -> None:
+def _wait_for_echo(me: Peer, node: subprocess.Popen[bytes], log_file: Path) -> None:
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and node.poll() is None:
         # A plain connection first: a refused one costs nothing, a refused association waits.
         with socket.socket() as probe:
             probe.settimeout(1)
@@ -142,7 +155,8 @@ def _wait_for_echo(me: Peer, log_file: Path) -> None:
     try:
         echo(me, "DEMO")
     except PeerError as error:
-        raise DemoError(f"the node did not start: {error}; see {log_file}") from None
+        said = "\n".join(log_file.read_text().splitlines()[-5:])
+        raise DemoError(f"the node did not start: {error}\n{said}") from None
 
 
 def _send(items: list[Outgoing], me: Peer, console: Console) -> None:
@@ -170,8 +184,11 @@ def _follow(here: Node, console: Console) -> Series:
             everything = status.all_series(here.ledger)
             events = sorted((event for series in everything for event in series.events), key=lambda one: one.id)
             for event in events[shown:]:
-                console.print(f"  [dim]+{event.at - events[0].at:5.1f} s[/] [bold]{event.stage:9}[/] {event.text}")
-                spinner.update(f"{event.stage}: {event.text}")
+                line = Text.assemble(
+                    (f"  +{event.at - events[0].at:5.1f} s ", "dim"), (f"{event.stage:9} ", "bold"), event.text
+                )
+                console.print(line)
+                spinner.update(Text(f"{event.stage}: {event.text}"))
             shown = len(events)
             states = {status.state(series) for series in everything}
             analysed = [series for series in everything if series.analyses]

@@ -38,26 +38,29 @@ from sqlalchemy.pool import NullPool
 
 from node.telemetry.logs import plainly
 
-#: Seconds for which a lease holds. A worker that dies is overtaken after at most this long; it is renewed every
-#: quarter of it, so that three missed renewals are forgiven.
-LEASE_S = 60.0
-
-#: An analysis that failed this often is set aside: a series that kills its worker must not be tried for ever.
-MAX_ANALYSIS_ATTEMPTS = 3
-
-#: With the backoff below this is about three days of trying to reach a peer.
-MAX_DELIVERY_ATTEMPTS = 80
-
-#: Backoff doubles from the first to the last of these, in seconds, with up to a fifth of jitter.
-BACKOFF_S = (5.0, 3600.0)
-
-#: Seconds after which the sweep rings again for work that nobody has taken.
-RING_AGAIN_S = 30.0
-
 #: waiting: owed, due at `due_at` · running: under a lease · done · refused: ended for good with a reason that trying
 #: again would not change · failed: attempts used up.
 State = Literal["waiting", "running", "done", "refused", "failed"]
 Work = Literal["analyse", "deliver"]
+
+#: Seconds for which a lease holds. A worker that dies is overtaken after at most this long; it is renewed every
+#: quarter of it, so that three missed renewals are forgiven.
+LEASE_S = 60.0
+
+#: An analysis that failed this often is set aside: a series that kills its worker must not be tried for ever. With the
+#: backoff below that takes over an hour, so that a full disk or a lost mount can be mended meanwhile.
+MAX_ANALYSIS_ATTEMPTS = 6
+
+#: With the backoff below this is about three days of trying to reach a peer.
+MAX_DELIVERY_ATTEMPTS = 80
+
+#: Seconds before the second attempt, and the factor for each further one; up to `MAX_BACKOFF_S`, with up to a fifth of
+#: jitter.
+BACKOFF: dict[Work, tuple[float, float]] = {"analyse": (15.0, 4.0), "deliver": (5.0, 2.0)}
+MAX_BACKOFF_S = 3600.0
+
+#: Seconds after which the sweep rings again for work that nobody has taken.
+RING_AGAIN_S = 30.0
 
 
 class Base(DeclarativeBase):
@@ -121,8 +124,12 @@ class Analysis(Owed):
     route: Mapped[str] = mapped_column(Text)
     #: Kinds of object that each peer gets, as the route said when the series was closed.
     destinations: Mapped[dict[str, list[str]]] = mapped_column(JSON)
+    #: Whether the study is told when the series cannot be analysed.
+    tell: Mapped[bool] = mapped_column(default=True)
     #: Set when the series is not to be analysed but told about: the reason that the objects state.
     not_analysed: Mapped[str | None] = mapped_column(Text, default=None)
+    #: Set when the attempts were used up and the study is still to be told: why.
+    gave_up: Mapped[str | None] = mapped_column(Text, default=None)
     #: Content date and time of the objects; fixed at the first attempt so that a second makes the same objects.
     content_at: Mapped[float | None] = mapped_column(default=None)
     #: `node.analysis.summary.summary`.
@@ -186,17 +193,16 @@ class LeaseLost(RuntimeError):  # noqa: N818 - says what happened, as KeyboardIn
 
 
 class Ledger:
-    """The ledger at a database URL; `ledger()` opens a transaction.
+    """The ledger in a database; `ledger()` opens a transaction.
 
     Parameters
     ----------
     url
-        SQLAlchemy URL. SQLite runs with WAL, foreign keys and `synchronous=FULL`: what was committed survives the
-        loss of power.
+        SQLAlchemy URL of an SQLite database. It runs with WAL, foreign keys and `synchronous=FULL`: what was
+        committed survives the loss of power.
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url
         self.engine = _engine(url)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
 
@@ -250,25 +256,41 @@ class Ledger:
             complete = session.scalar(select(Series.complete).where(*mine).order_by(Series.id.desc()).limit(1))
         return complete is False
 
-    def owed(self, limit: int = 500) -> list[tuple[Work, int]]:
+    def owed(self, work: Work, limit: int = 500) -> list[int]:
         """Work that nobody has and for which no bell was rung lately, oldest first; marks it as rung.
 
-        Rows whose workers died at every attempt are set aside as 'failed' on the way.
+        Rows whose workers died at every attempt are set aside on the way.
         """
-        now, found = time.time(), list[tuple[Work, int]]()
+        now, table = time.time(), _TABLE[work]
         with self() as session:
-            for work, table in _TABLE.items():
-                dead = and_(_free(table, now), table.attempts >= _ATTEMPTS[work])
-                for row in session.scalars(select(table).where(dead)):
-                    row.state, row.finished_at = "failed", now
-                    row.reason = f"its worker died or overran its lease {row.attempts} times"
-                    self.tell(session, _series_id(row), work, f"set aside: {row.reason}")
-                session.flush()
-                ready = select(table.id).where(_free(table, now), table.rung_at < now - RING_AGAIN_S)
-                ids = session.scalars(ready.order_by(table.due_at, table.id).limit(limit)).all()
-                found += [(work, row) for row in ids]
-                session.execute(update(table).where(table.id.in_(ids)).values(rung_at=now))
-        return found
+            dead = and_(_free(table, now), table.attempts >= _ATTEMPTS[work])
+            for row in session.scalars(select(table).where(dead)):
+                self.set_aside(session, row, f"its worker died or overran its lease {row.attempts} times")
+            session.flush()
+            ready = select(table.id).where(_free(table, now), table.rung_at < now - RING_AGAIN_S)
+            ids = list(session.scalars(ready.order_by(table.due_at, table.id).limit(limit)))
+            session.execute(update(table).where(table.id.in_(ids)).values(rung_at=now))
+        return ids
+
+    def set_aside(self, session: Session, row: Owed, reason: str) -> None:
+        """End work whose attempts are used up. An analysis of which the study is to be told stays owed for that."""
+        row.reason, row.lease_owner, row.lease_until = reason, None, 0.0
+        if isinstance(row, Analysis) and row.tell and row.gave_up is None:
+            row.gave_up, row.state, row.attempts, row.due_at, row.rung_at = reason, "waiting", 0, 0.0, 0.0
+        else:
+            row.state, row.finished_at = "failed", time.time()
+        work = "analysis" if isinstance(row, Analysis) else "delivery"
+        self.tell(session, _series_id(row), work, f"set aside: {reason}")
+
+    def peer_answers(self, peer: str, answers: bool, due_at: float) -> None:
+        """Let what waits for a peer wait with the first that did not reach it, or go on with the first that did."""
+        waiting = (Delivery.peer == peer, Delivery.state == "waiting")
+        with self() as session:
+            if answers:
+                late = update(Delivery).where(*waiting, Delivery.due_at > due_at)
+                session.execute(late.values(due_at=due_at, rung_at=0.0))
+            else:
+                session.execute(update(Delivery).where(*waiting, Delivery.due_at < due_at).values(due_at=due_at))
 
     @contextmanager
     def lease(self, work: Work, row: int) -> Iterator[Lease | None]:
@@ -286,10 +308,18 @@ class Ledger:
                 yield lease
             except LeaseLost:
                 return
-            except BaseException as error:
+            except Exception as error:
                 lease.put_back(plainly(error))
                 raise
+            except BaseException:
+                lease.put_back("handed back by a worker that was stopped", counted=False)
+                raise
             lease.put_back("handed back")
+
+    def series_ids(self) -> list[int]:
+        """Row numbers of all series."""
+        with self() as session:
+            return list(session.scalars(select(Series.id).order_by(Series.id)))
 
     def retry(self, series_id: int) -> int:
         """Owe again all work of a series that ended as failed or refused; gives the number of rows."""
@@ -300,8 +330,10 @@ class Ledger:
             for table, mine in ((Analysis, Analysis.id.in_(analyses)), (Delivery, Delivery.object_id.in_(objects))):
                 waiting_long = and_(table.state == "waiting", table.attempts > 0)
                 again = update(table).where(mine, or_(table.state.in_(("failed", "refused")), waiting_long))
-                fresh = {"state": "waiting", "attempts": 0, "due_at": 0.0, "rung_at": 0.0, "reason": "retried by hand"}
-                count += session.execute(again.values(**fresh)).rowcount  # type: ignore[attr-defined]
+                fresh: dict[str, Any] = {"state": "waiting", "attempts": 0, "due_at": 0.0, "rung_at": 0.0}
+                if table is Analysis:
+                    fresh["gave_up"] = None
+                count += session.execute(again.values(**fresh, reason="retried by hand")).rowcount  # type: ignore[attr-defined]
             if count:
                 self.tell(session, series_id, "retry", f"{count} owed again by hand")
         return count
@@ -356,18 +388,28 @@ class Lease:
                 raise LeaseLost(f"{self._work} {self.row}: the lease ran out and another worker took over")
             yield session
 
-    def put_back(self, reason: str) -> None:
-        """Owe the work again after a backoff, or set it aside when its attempts are used up; no-op once finished."""
+    def put_back(self, reason: str, *, counted: bool = True) -> float:
+        """Owe the work again after a backoff, or set it aside when its attempts are used up; no-op once finished.
+
+        Gives the time when it is due again. An attempt that is not `counted` is due at once.
+        """
         with self._ledger() as session:
             row = session.scalar(select(self._table).where(self._mine))
             if row is None:
-                return
-            used_up = row.attempts >= _ATTEMPTS[self._work]
-            row.state = "failed" if used_up else "waiting"
-            row.reason, row.lease_owner, row.lease_until = reason, None, 0.0
-            row.due_at, row.rung_at = time.time() + backoff_s(row.attempts), 0.0
-            what = "set aside after" if used_up else "will be tried again after"
-            self._ledger.tell(session, _series_id(row), self._work, f"{what} attempt {row.attempts}: {reason}")
+                return 0.0
+            if counted and row.attempts >= _ATTEMPTS[self._work]:
+                self._ledger.set_aside(session, row, f"{reason} (attempt {row.attempts})")
+                return 0.0
+            row.state, row.reason, row.lease_owner, row.lease_until, row.rung_at = "waiting", reason, None, 0.0, 0.0
+            if counted:
+                row.due_at = time.time() + backoff_s(self._work, row.attempts)
+                stage = "analysis" if self._work == "analyse" else "delivery"
+                text = f"will be tried again after attempt {row.attempts}: {reason}"
+                self._ledger.tell(session, _series_id(row), stage, text)
+            else:
+                row.attempts -= 1
+                row.due_at = time.time()
+            return row.due_at
 
 
 def content_digest(sop_instance_uids: Iterable[str]) -> str:
@@ -375,10 +417,10 @@ def content_digest(sop_instance_uids: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(set(sop_instance_uids))).encode()).hexdigest()
 
 
-def backoff_s(attempts: int, jitter: Callable[[], float] = random.random) -> float:
+def backoff_s(work: Work, attempts: int, jitter: Callable[[], float] = random.random) -> float:
     """Seconds to wait before the next attempt, after `attempts` of them."""
-    first, last = BACKOFF_S
-    return float(min(first * 2.0 ** min(attempts - 1, 30), last) * (1 + jitter() / 5))
+    first, factor = BACKOFF[work]
+    return float(min(first * factor ** min(attempts - 1, 30), MAX_BACKOFF_S) * (1 + jitter() / 5))
 
 
 def _free(table: type[Owed], now: float) -> ColumnElement[bool]:
@@ -398,30 +440,28 @@ def _series_id(row: Owed) -> int:
 
 def _engine(url: str) -> Engine:
     # A connection must not cross the fork of a worker's pool, so none is kept open to a file.
-    pool = NullPool if url.startswith("sqlite:///") else None
-    engine = create_engine(url, poolclass=pool)
-    if engine.dialect.name == "sqlite":
+    engine = create_engine(url, poolclass=NullPool if url.startswith("sqlite:///") else None)
 
-        @event.listens_for(engine, "connect")
-        def _pragmas(connection: Any, _record: Any) -> None:
-            # The driver must not open transactions by itself: BEGIN IMMEDIATE below does, so that two writers wait
-            # for one another instead of failing half-way through.
-            connection.isolation_level = None
-            for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL", "busy_timeout=30000"):
-                connection.execute(f"PRAGMA {pragma}")
+    @event.listens_for(engine, "connect")
+    def _pragmas(connection: Any, _record: Any) -> None:
+        # The driver must not open transactions by itself: BEGIN IMMEDIATE below does, so that two writers wait for one
+        # another instead of failing half-way through.
+        connection.isolation_level = None
+        for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL", "busy_timeout=30000"):
+            connection.execute(f"PRAGMA {pragma}")
 
-        @event.listens_for(engine, "begin")
-        def _begin(connection: Any) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
 
 
 @contextmanager
 def _migration_lock(engine: Engine) -> Iterator[None]:
-    """One migration at a time; PostgreSQL locks by itself, for SQLite a file beside the database is locked."""
+    """One migration at a time: a file beside the database is locked."""
     database = engine.url.database
-    if engine.dialect.name != "sqlite" or not database:
+    if not database:  # in memory
         yield
         return
     with Path(f"{database}.lock").open("w") as lock:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import structlog
@@ -110,9 +110,11 @@ class Supervisor:
     def _stop(self, stop: StopSignal) -> None:
         asked, deadline = stop.count, time.monotonic() + STOP_S
         for child in self._running.values():
-            child.send_signal(signal.SIGTERM)
+            # Again and again: a Celery worker that is still starting forgets the first.
             while child.poll() is None and time.monotonic() < deadline and stop.count == asked:
-                time.sleep(0.05)
+                child.send_signal(signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(2)
         for child in self._running.values():
             if child.poll() is None:
                 # SIGQUIT is Celery's cold shutdown: its pool goes too. The ledger still owes the work.

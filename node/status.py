@@ -83,11 +83,11 @@ def table(series: list[Series]) -> Table:
         made.add_row(
             str(one.id),
             _time(one.closed_at, "%d %b %H:%M"),
-            one.calling_ae,
+            Text(one.calling_ae),
             str(len(one.instances)),
             Text(word, style=STYLE[word]),
             f"{done}/{len(owed)}" if owed else "",
-            _what(one),
+            Text(_what(one)),
         )
     return made
 
@@ -103,13 +103,14 @@ def timeline(series: Series) -> Table:
     events = series.events
     start = events[0].at if events else series.closed_at
     for event in events:
-        made.add_row(f"{_time(event.at, '%H:%M:%S')}  +{event.at - start:.1f} s", event.stage, event.text)
+        made.add_row(f"{_time(event.at, '%H:%M:%S')}  +{event.at - start:.1f} s", event.stage, Text(event.text))
     for analysis in series.analyses:
         if analysis.state in ("waiting", "running"):
-            made.add_row("now", "analysis", _owed(analysis))
+            made.add_row("now", "analysis", Text(_owed(analysis)))
     for delivery in deliveries(series):
         if delivery.state in ("waiting", "running", "failed"):
-            made.add_row("now", "delivery", f"{delivery.object.kind} to {delivery.peer}: {_owed(delivery)}")
+            text = f"{delivery.object.kind} to {delivery.peer}: {_owed(delivery)}"
+            made.add_row("now", "delivery", Text(text))
     return made
 
 

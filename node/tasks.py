@@ -6,14 +6,16 @@ and writes the outcome in one transaction. A bell that is lost is rung again by 
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import structlog
 from celery import Celery, signals
@@ -33,7 +35,7 @@ from node.delivery.push import push
 from node.intake.assembly import Assembly, AssociationId, ClosedSeries
 from node.intake.listener import Listener, ListenerOptions
 from node.intake.spool import Spool
-from node.intake.triage import triage
+from node.intake.triage import Verdict, triage
 from node.ledger import Analysis, Delivery, Ledger, Object, Series, State, Work
 from node.telemetry import logs
 
@@ -42,11 +44,20 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+#: The ledger's file in the data folder.
+LEDGER = "ledger.sqlite"
+
+#: Seconds after which an analysis is taken to hang, and its process is killed. On the slowest CPU that we know it takes
+#: a minute or two.
+ANALYSIS_LIMIT_S = 3600
+
 #: Seconds between two looks at what the ledger still owes.
 SWEEP_S = 2.0
 
 #: Bells in a queue above which the sweep adds none: they would only pile up.
 FULL_QUEUE = 100
+
+_LOCKS: list[IO[str]] = []
 
 app = Celery("lungnode")
 app.conf.update(
@@ -75,8 +86,7 @@ class Node:
         """Make the folders and the ledger's tables where they are missing."""
         for folder in ("spool", "results"):
             (settings.data / folder).mkdir(parents=True, exist_ok=True)
-        url = f"sqlite:///{settings.data / 'ledger.sqlite'}" if settings.ledger == "sqlite" else settings.ledger
-        ledger = Ledger(url)
+        ledger = Ledger(f"sqlite:///{settings.data / LEDGER}")
         ledger.migrate()
         return cls(settings, ledger)
 
@@ -91,13 +101,13 @@ class Node:
         return self.settings.data / "results"
 
 
-@cache
+@functools.cache
 def node() -> Node:
     """This process's node, by the settings that `LUNGNODE_CONFIG` names."""
     return Node.open(load())
 
 
-@cache
+@functools.cache
 def segmenter(device: str) -> Segmenter:
     """The networks of the pneumonia analysis, loaded once in a process."""
     from models.inference import Segmenter  # torch takes seconds to import; only the analyse worker needs it
@@ -108,20 +118,23 @@ def segmenter(device: str) -> Segmenter:
 
 def series_closed(here: Node, closed: ClosedSeries) -> None:
     """Triage a series that intake closed, and write down what is owed for it."""
-    verdict = triage(closed)
-    header = dcmread(closed.paths[0], stop_before_pixels=True)
-    names = here.settings.peer_names(closed.calling_ae)
-    route = next((route for route in here.settings.routes if route.takes(names, header)), None)
+    try:
+        verdict = triage(closed)
+        header = dcmread(closed.paths[0], stop_before_pixels=True)
+        names = here.settings.peer_names(closed.calling_ae)
+        route = next((route for route in here.settings.routes if route.takes(names, header)), None)
+    except Exception as error:
+        # Whatever is wrong with its header, the series must come to an end that can be seen.
+        verdict, route = Verdict(False, f"not analysed: its header cannot be read ({logs.plainly(error)})"), None
     not_analysed = None
-    if route is None:
-        decision = "no route takes it"
-    elif verdict.analyse:
-        decision = f"route '{route.name}': {verdict.reason}"
-    else:
+    if not verdict.analyse:
         decision = verdict.reason
-        not_analysed = (
-            verdict.reason.removeprefix("not analysed: ") if verdict.tell and route.tell_not_analysed else None
-        )
+        if route is not None and verdict.tell and route.tell_not_analysed:
+            not_analysed = verdict.reason.removeprefix("not analysed: ")
+    elif route is None:
+        decision = "not analysed: no route takes it"
+    else:
+        decision = f"route '{route.name}': {verdict.reason}"
     owed = route is not None and (verdict.analyse or not_analysed is not None)
     with here.ledger() as session:
         series = here.ledger.add_series(
@@ -142,16 +155,30 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
         here.ledger.tell(session, series.id, "triage", decision)
         if route is not None and owed:
             destinations = {peer: list(kinds) for peer, kinds in route.to.items()}
-            series.analyses.append(Analysis(route=route.name, destinations=destinations, not_analysed=not_analysed))
+            series.analyses.append(
+                Analysis(
+                    route=route.name,
+                    destinations=destinations,
+                    tell=route.tell_not_analysed,
+                    not_analysed=not_analysed,
+                )
+            )
         session.flush()
-        bells: list[tuple[Work, int]] = [("analyse", analysis.id) for analysis in series.analyses]
+        bells = [analysis.id for analysis in series.analyses]
     log.info("triaged", series=closed.series_instance_uid, decision=decision)
-    ring(bells)
+    ring("analyse", bells)
 
 
 def intake(here: Node) -> Listener:
     """The listener of this installation, ready to start, with what was open when the last one ended."""
     me = here.settings.listener
+    # Two listeners on one spool would clear away each other's half-written files. The lock goes with the process.
+    lock = (here.settings.data / "listener.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(f"another listener works on {here.settings.data}") from None
+    _LOCKS.append(lock)
     spool = Spool(here.spool, me.disk_floor_mb << 20)
     assembly = Assembly(
         lambda closed: series_closed(here, closed),
@@ -177,10 +204,29 @@ def intake(here: Node) -> Listener:
     return Listener(options, spool, assembly)
 
 
-@app.task(name="analyse")  # type: ignore[untyped-decorator]
+def _task(name: Work, **options: Any) -> Callable[[Callable[[int], None]], Any]:
+    """A Celery task that never raises: Celery would log the exception's text, which may hold patient data.
+
+    What went wrong stands in the ledger by then, which owes the work again.
+    """
+
+    def register(function: Callable[[int], None]) -> Any:
+        @functools.wraps(function)
+        def quiet(row: int) -> None:
+            try:
+                function(row)
+            except Exception as error:
+                log.error(f"{name} failed", row=row, error=logs.plainly(error))
+
+        return app.task(name=name, **options)(quiet)
+
+    return register
+
+
+@_task("analyse", time_limit=ANALYSIS_LIMIT_S)
 def analyse(row: int) -> None:
     """Analyse a series, make its objects, and owe them to the peers of its route."""
-    here = node()
+    here, bells = node(), list[int]()
     with here.ledger.lease("analyse", row) as lease:
         if lease is None:
             return
@@ -194,12 +240,12 @@ def analyse(row: int) -> None:
             analysis.objects += [_as_row(here, one, analysis.destinations) for one in new]
             here.ledger.tell(session, analysis.series_id, "analysis", made.reason)
             session.flush()
-            bells: list[tuple[Work, int]] = [("deliver", d.id) for one in analysis.objects for d in one.deliveries]
+            bells = [delivery.id for one in analysis.objects for delivery in one.deliveries]
         log.info("analysed", series=work.series_uid, outcome=made.reason)
-    ring(bells)
+    ring("deliver", bells)
 
 
-@app.task(name="deliver")  # type: ignore[untyped-decorator]
+@_task("deliver")
 def deliver(row: int) -> None:
     """Send one object to one peer."""
     here = node()
@@ -211,27 +257,30 @@ def deliver(row: int) -> None:
             path, kind, name = here.results / delivery.object.path, delivery.object.kind, delivery.peer
             series_id = delivery.object.analysis.series_id
         peer = here.settings.peers.get(name)
+        state: State = "done"
         try:
             if peer is None:
                 raise PeerError("the settings name no such peer", permanent=True)
             warning = push(path, peer, here.settings.listener.ae_title)
+            outcome = f"{kind} delivered to {name}" + (f" ({warning})" if warning else "")
         except PeerError as error:
             if not error.permanent:
                 log.warning("not delivered, will try again", kind=kind, peer=name, because=str(error))
-                lease.put_back(str(error))
+                due_at = lease.put_back(str(error))
+                if not error.reached:
+                    here.ledger.peer_answers(name, False, due_at)
                 return
             state, outcome = "refused", f"{kind} refused by {name}: {error}"
-        else:
-            state, outcome = "done", f"{kind} delivered to {name}" + (f" ({warning})" if warning else "")
-        with lease.finish("done" if state == "done" else "refused", outcome) as session:
+        with lease.finish(state, outcome) as session:
             here.ledger.tell(session, series_id, "delivery", outcome)
+        here.ledger.peer_answers(name, True, time.time())
         log.info("delivery", outcome=outcome)
 
 
-def ring(bells: Iterable[tuple[Work, int]]) -> None:
+def ring(work: Work, rows: Iterable[int]) -> None:
     """Tell the workers of work; without a broker it is left to the sweep."""
     try:
-        for work, row in bells:
+        for row in rows:
             app.send_task(work, (row,))
     except OperationalError:
         log.warning("the broker does not answer; the sweep will ring again")
@@ -241,12 +290,13 @@ def sweep(here: Node) -> None:
     """Ring again for what the ledger owes and nobody works on; harmless in any number of processes."""
     try:
         with app.connection_for_write(connect_timeout=2) as connection:
-            waiting = max(_length(connection, work) for work in ("analyse", "deliver"))
+            waiting: dict[Work, int] = {work: _length(connection, work) for work in ("analyse", "deliver")}
     except OperationalError:
         log.warning("the broker does not answer; nothing is lost, work goes on when it is back")
         return
-    if waiting < FULL_QUEUE:
-        ring(here.ledger.owed())
+    for work, bells in waiting.items():
+        if bells < FULL_QUEUE:
+            ring(work, here.ledger.owed(work))
 
 
 class Sweeper(threading.Thread):
@@ -280,7 +330,9 @@ class _Work:
     paths: list[Path]
     folder: Path
     kinds: list[str]
+    tell: bool
     not_analysed: str | None
+    gave_up: str | None
     content_at: datetime
 
 
@@ -295,10 +347,10 @@ class _Made:
 
 
 def _closed_before(here: Node, series_uid: str, files: set[str]) -> bool:
-    """Whether the ledger has a generation of the series with just these files."""
+    """Whether the ledger has a generation of the series that all of these files are of."""
     with here.ledger() as session:
         generations = session.scalars(select(Series).where(Series.series_instance_uid == series_uid))
-        return any({Path(name).name for name in series.instances} == files for series in generations)
+        return any(files <= {Path(name).name for name in series.instances} for series in generations)
 
 
 def _begin(here: Node, row: int) -> _Work:
@@ -316,7 +368,9 @@ def _begin(here: Node, row: int) -> _Work:
             [here.spool / name for name in series.instances],
             here.results / series.series_instance_uid / f"{series.generation}-{analysis.id}",
             sorted({kind for kinds in analysis.destinations.values() for kind in kinds}),
+            analysis.tell,
             analysis.not_analysed,
+            analysis.gave_up,
             datetime.fromtimestamp(analysis.content_at, now.tzinfo),
         )
 
@@ -324,6 +378,9 @@ def _begin(here: Node, row: int) -> _Work:
 def _make(here: Node, work: _Work) -> _Made:
     """Analyse and build; a series that cannot be analysed gets the objects that say so."""
     work.folder.mkdir(parents=True, exist_ok=True)
+    if work.gave_up is not None:
+        told = _not_analysed(work, "the analysis failed; the administrator of lungnode can see why")
+        return _Made("failed", f"failed: {work.gave_up}", told.objects)
     if work.not_analysed is not None:
         return _not_analysed(work, work.not_analysed)
     try:
@@ -348,6 +405,8 @@ def _told(here: Node, work: _Work) -> Callable[[str, float], None]:
 
 
 def _not_analysed(work: _Work, reason: str) -> _Made:
+    if not work.tell:
+        return _Made("refused", f"not analysed: {reason}", [])
     headers = [dcmread(path, stop_before_pixels=True) for path in work.paths]
     made = results.not_analysed(headers, reason, work.folder, work.kinds, content_datetime=work.content_at)
     return _Made("refused", f"not analysed: {reason}", made)
@@ -384,11 +443,6 @@ def _length(connection: Any, queue: str) -> int:
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]
 def _log_our_way(**_: Any) -> None:
     logs.configure()
-
-
-@signals.worker_ready.connect  # type: ignore[untyped-decorator]
-def _sweep_in_worker(**_: Any) -> None:
-    Sweeper(node()).start()
 
 
 @signals.worker_process_init.connect  # type: ignore[untyped-decorator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -28,6 +29,21 @@ def test_embedded_broker_keeps_messages_over_a_restart(settings: Settings) -> No
             assert client.lrange("queue", 0, -1) == [b"message"] * round_
             client.rpush("queue", "message")
             time.sleep(1.1)  # appendfsync everysec
+
+
+def test_killed_server_comes_back_as_it_was(settings: Settings) -> None:
+    with broker(settings) as url, redis.Redis.from_url(url) as client:
+        client.rpush("queue", "message")
+        time.sleep(1.1)
+        (server,) = (one for one in psutil.Process().children() if one.name() == "redis-server")
+        server.kill()
+
+        def answers() -> bool:
+            with contextlib.suppress(redis.RedisError):
+                return bool(client.lrange("queue", 0, -1) == [b"message"])
+            return False
+
+        wait_for(answers, 15, "the server that was killed")
 
 
 def test_second_process_joins_and_a_stranger_is_refused(settings: Settings) -> None:

@@ -14,8 +14,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from node.cli import app
+from node.config import load
 from node.ledger import Analysis, Delivery, Ledger, Object
 from node.status import all_series, as_json, state, table, timeline
+from node.tasks import Node
 
 RUNNER = CliRunner()
 
@@ -47,8 +49,13 @@ def test_config_schema_is_json() -> None:
 
 
 def test_empty_ledger_is_said(settings_file: Path) -> None:
+    told = lines("status", "-c", str(settings_file), exit_code=1)
+    assert "no ledger at" in told
+    assert not (settings_file.parent / "var").exists()
+    Node.open(load(settings_file))
     assert "nothing received yet" in lines("status", "-c", str(settings_file))
     assert json.loads(lines("status", "--json", "-c", str(settings_file))) == []
+    assert "nothing failed" in lines("retry", "--all", "-c", str(settings_file))
     assert "no series 5" in lines("status", "5", "-c", str(settings_file), exit_code=1)
 
 
@@ -82,7 +89,7 @@ def test_folder_without_ct_says_so(tmp_path: Path) -> None:
 def test_state_is_told_in_a_word(tmp_path: Path, analysis: str | None, deliveries: list[str], word: str) -> None:
     ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
     ledger.migrate()
-    rest = {"calling_ae": "CT", "instances": [], "complete": True, "closed_because": "", "verdict": ""}
+    rest = {"calling_ae": "[/x]", "instances": [], "complete": True, "closed_because": "", "verdict": ""}
     with ledger() as session:
         series = ledger.add_series(session, "1.2", "1.1", ["1.2.1"], **rest)
         assert series is not None
@@ -143,7 +150,7 @@ def test_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
         process = psutil.Process(node.process.pid)
 
         def listener() -> psutil.Process | None:
-            return next((one for one in process.children() if _runs(one) and one.cmdline()[-1] == "listen"), None)
+            return next((one for one in process.children() if _runs(one) and one.cmdline()[-1:] == ["listen"]), None)
 
         first = listener()
         assert first is not None
@@ -157,3 +164,10 @@ def _runs(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_demo_clears_no_folder_but_its_own(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    assert "not empty and not of a demo" in lines("demo", "--out", str(tmp_path), exit_code=1)
+    assert "which the demo would clear" in lines("demo", str(tmp_path), "--out", str(tmp_path), exit_code=1)
+    assert (tmp_path / "mine").exists()

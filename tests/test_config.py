@@ -28,7 +28,7 @@ def test_default_file_works_and_states_the_defaults() -> None:
     bare = Settings()
     assert settings.listener == bare.listener
     assert settings.worker == bare.worker
-    assert (settings.data, settings.broker, settings.ledger) == (bare.data, bare.broker, bare.ledger)
+    assert (settings.data, settings.broker) == (bare.data, bare.broker)
     assert settings.routes[0].to == {"pacs": ("infection-seg", "lung-seg", "sr", "capture")}
 
 

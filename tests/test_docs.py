@@ -59,7 +59,7 @@ def test_one_version_everywhere() -> None:
 def test_constraints_name_no_registry_and_pin_all_direct_dependencies() -> None:
     text = (REPOSITORY / "constraints.txt").read_text()
     assert "://" not in text
-    pinned = {line.split("==")[0].lower() for line in text.splitlines() if "==" in line}
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in text.splitlines() if "==" in line}
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
     assert {re.split(r"[><=;\[ ]", one)[0].lower() for one in wanted} <= pinned

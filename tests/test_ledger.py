@@ -17,9 +17,10 @@ from sqlalchemy import text
 
 from node import ledger as ledger_module
 from node.ledger import (
-    BACKOFF_S,
+    BACKOFF,
     LEASE_S,
     MAX_ANALYSIS_ATTEMPTS,
+    MAX_BACKOFF_S,
     RING_AGAIN_S,
     Analysis,
     Base,
@@ -30,6 +31,7 @@ from node.ledger import (
     Ledger,
     Object,
     Series,
+    Work,
     backoff_s,
 )
 from node.telemetry.logs import plainly
@@ -76,11 +78,11 @@ def add_series(ledger: Ledger, *sops: str, uid: str = "1.2", complete: bool = Tr
         return row.id if row else None
 
 
-def add_analysis(ledger: Ledger) -> int:
+def add_analysis(ledger: Ledger, tell: bool = False) -> int:
     series = add_series(ledger)
     assert series is not None
     with ledger() as session:
-        row = Analysis(series_id=series, route="chest-ct", destinations={"pacs": ["sr"]})
+        row = Analysis(series_id=series, route="chest-ct", destinations={"pacs": ["sr"]}, tell=tell)
         session.add(row)
         session.flush()
         return row.id
@@ -163,7 +165,8 @@ def test_error_owes_again_with_backoff_and_without_its_values(ledger: Ledger, cl
     after = state(ledger, row)
     assert (after.state, after.attempts) == ("waiting", 1)
     assert after.reason.startswith("ValueError at test_ledger.py:")
-    assert BACKOFF_S[0] <= after.due_at - clock.now <= BACKOFF_S[0] * 1.2
+    first = BACKOFF["analyse"][0]
+    assert first <= after.due_at - clock.now <= first * 1.2
     with ledger.lease("analyse", row) as early:
         assert early is None
     clock.now = after.due_at
@@ -176,20 +179,20 @@ def test_attempts_are_capped_and_retry_brings_it_back(ledger: Ledger, clock: Clo
     for _ in range(MAX_ANALYSIS_ATTEMPTS):
         with pytest.raises(OSError, match="disk"), ledger.lease("analyse", row):
             raise OSError("disk")
-        clock.now += 2 * BACKOFF_S[1]
+        clock.now += 2 * MAX_BACKOFF_S
     assert state(ledger, row).state == "failed"
-    assert ledger.owed() == []
+    assert ledger.owed("analyse") == []
     assert ledger.retry(state(ledger, row).series_id) == 1
-    assert ledger.owed() == [("analyse", row)]
+    assert ledger.owed("analyse") == [row]
 
 
 def test_dead_workers_are_overtaken_and_then_given_up(ledger: Ledger, clock: Clock) -> None:
     row = add_analysis(ledger)
     for _ in range(MAX_ANALYSIS_ATTEMPTS):
         assert Lease(ledger, "analyse", row).take()  # and its worker dies
-        assert ledger.owed() == []
+        assert ledger.owed("analyse") == []
         clock.now += LEASE_S
-    assert ledger.owed() == []
+    assert ledger.owed("analyse") == []
     assert state(ledger, row).state == "failed"
     with ledger() as session:
         last = session.query(Event).order_by(Event.id.desc()).first()
@@ -232,10 +235,10 @@ def test_lease_is_renewed_while_work_goes_on(ledger: Ledger, monkeypatch: pytest
 
 def test_sweep_rings_once_in_a_while(ledger: Ledger, clock: Clock) -> None:
     row = add_analysis(ledger)
-    assert ledger.owed() == [("analyse", row)]
-    assert ledger.owed() == []
+    assert ledger.owed("analyse") == [row]
+    assert ledger.owed("analyse") == []
     clock.now += RING_AGAIN_S + 1
-    assert ledger.owed() == [("analyse", row)]
+    assert ledger.owed("analyse") == [row]
 
 
 def test_object_is_owed_to_a_peer_once(ledger: Ledger) -> None:
@@ -252,10 +255,64 @@ def test_object_is_owed_to_a_peer_once(ledger: Ledger) -> None:
         session.add(Delivery(object_id=object_id, peer="pacs"))
 
 
+@pytest.mark.parametrize("work", ["analyse", "deliver"])
 @pytest.mark.parametrize("attempts", [1, 2, 5, 10, 80])
-def test_backoff_doubles_up_to_its_bound(attempts: int) -> None:
-    assert backoff_s(attempts, lambda: 0.0) == min(BACKOFF_S[0] * 2 ** (attempts - 1), BACKOFF_S[1])
-    assert backoff_s(attempts, lambda: 1.0) == pytest.approx(1.2 * backoff_s(attempts, lambda: 0.0))
+def test_backoff_grows_up_to_its_bound(work: Work, attempts: int) -> None:
+    first, factor = BACKOFF[work]
+    assert backoff_s(work, attempts, lambda: 0.0) == min(first * factor ** (attempts - 1), MAX_BACKOFF_S)
+    assert backoff_s(work, attempts, lambda: 1.0) == pytest.approx(1.2 * backoff_s(work, attempts, lambda: 0.0))
+
+
+def test_analysis_that_is_given_up_stays_owed_until_the_study_is_told(ledger: Ledger, clock: Clock) -> None:
+    row = add_analysis(ledger, tell=True)
+    for _ in range(MAX_ANALYSIS_ATTEMPTS):
+        with pytest.raises(OSError, match="disk"), ledger.lease("analyse", row):
+            raise OSError("disk")
+        clock.now += 2 * MAX_BACKOFF_S
+    given_up = state(ledger, row)
+    assert (given_up.state, given_up.attempts) == ("waiting", 0)
+    assert given_up.gave_up is not None
+    with ledger.lease("analyse", row) as lease:
+        assert lease is not None
+        with lease.finish("failed", "told"):
+            pass
+    assert ledger.owed("analyse") == []
+    ledger.retry(given_up.series_id)
+    assert state(ledger, row).gave_up is None
+
+
+def test_worker_that_is_stopped_hands_back_without_an_attempt(ledger: Ledger) -> None:
+    row = add_analysis(ledger)
+    with pytest.raises(KeyboardInterrupt), ledger.lease("analyse", row):
+        raise KeyboardInterrupt
+    assert (state(ledger, row).state, state(ledger, row).attempts) == ("waiting", 0)
+    assert ledger.owed("analyse") == [row]
+
+
+def test_what_waits_for_a_peer_waits_and_goes_on_together(ledger: Ledger, clock: Clock) -> None:
+    row = add_analysis(ledger)
+    uids = {"sop_class_uid": "1", "series_instance_uid": "1", "path": "x", "kind": "sr"}
+    with ledger() as session:
+        for n in range(3):
+            made = Object(analysis_id=row, sop_instance_uid=f"1.{n}", **uids)
+            made.deliveries = [Delivery(peer="dead"), Delivery(peer="alive")]
+            session.add(made)
+    first = ledger.owed("deliver")[0]
+    with ledger.lease("deliver", first) as lease:
+        assert lease is not None
+        due_at = lease.put_back("no connection")
+    ledger.peer_answers("dead", False, due_at)
+    clock.now += RING_AGAIN_S + 1
+    assert len(ledger.owed("deliver")) == 6  # the first backoff is short
+    clock.now += 1
+    with ledger() as session:
+        due = {d.peer: d.due_at for d in session.query(Delivery)}
+    assert (due["dead"], due["alive"]) == (due_at, 0.0)
+    ledger.peer_answers("dead", False, clock.now + 1000)
+    clock.now += RING_AGAIN_S + 1
+    assert len(ledger.owed("deliver")) == 3
+    ledger.peer_answers("dead", True, clock.now)
+    assert len(ledger.owed("deliver")) == 3
 
 
 class Workers(RuleBasedStateMachine):
@@ -312,7 +369,7 @@ class Workers(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        self.ledger.owed()
+        self.ledger.owed("analyse")
 
     @invariant()
     def never_forgotten(self) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydicom import dcmread
+from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
 from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association
@@ -27,6 +28,13 @@ VERIFICATION = "1.2.840.10008.1.1"
 #: the object is sent again later, and its UID keeps it single.
 TIMEOUT_S = 30.0
 
+#: Seconds to wait for a connection: one that is refused or filtered must not hold up what goes to other peers.
+CONNECT_S = 5.0
+
+#: Bytes a second that a slow line must carry at least: the wait for the answer to an object grows by its size over
+#: this, for pynetdicom counts from when it begins to send.
+SLOWEST_LINE = 100_000
+
 #: PS3.8 9.3.2 and annex D.1 leave the PDU length to us; 128 KiB is the most that DCMTK takes.
 MAX_PDU = 131072
 
@@ -35,11 +43,20 @@ MAX_CONTEXTS = 128
 
 
 class PeerError(RuntimeError):
-    """A peer did not take what was sent; `permanent` when trying again would change nothing."""
+    """A peer did not take what was sent.
 
-    def __init__(self, reason: str, *, permanent: bool) -> None:
+    Attributes
+    ----------
+    permanent
+        Trying again would change nothing.
+    reached
+        The peer answered, so that other objects may fare better.
+    """
+
+    def __init__(self, reason: str, *, permanent: bool, reached: bool = True) -> None:
         super().__init__(reason)
         self.permanent = permanent
+        self.reached = reached
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,16 @@ class Outgoing:
     sop_class_uid: str
     sop_instance_uid: str
     transfer_syntax_uid: str
+
+    @classmethod
+    def below(cls, folder: Path) -> list[Outgoing]:
+        """All Part 10 files at or below a path, in the order of their names; what is none is left out."""
+        files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
+        items = []
+        for path in files:
+            with suppress(InvalidDicomError, AttributeError):
+                items.append(cls.read(path))
+        return items
 
     @classmethod
     def read(cls, path: Path) -> Outgoing:
@@ -72,17 +99,27 @@ def echo(peer: Peer, calling_ae: str) -> None:
 def association(peer: Peer, calling_ae: str, contexts: list[PresentationContext]) -> Iterator[Association]:
     """An association with `peer`, released at the end; raises `PeerError` when it is refused or not reached."""
     entity = AE(ae_title=calling_ae)
-    entity.connection_timeout = entity.acse_timeout = entity.dimse_timeout = TIMEOUT_S
+    entity.connection_timeout = CONNECT_S
+    entity.acse_timeout = entity.dimse_timeout = TIMEOUT_S
     entity.network_timeout = 2 * TIMEOUT_S
     reached = threading.Event()
-    made = entity.associate(
-        peer.host,
-        peer.port,
-        contexts=contexts,
-        ae_title=peer.ae_title,
-        max_pdu=MAX_PDU,
-        evt_handlers=[(evt.EVT_CONN_OPEN, lambda _event: reached.set())],
-    )
+
+    def opened(event: Any) -> None:
+        # pynetdicom leaves the connection without a timeout, and a peer that stands still would hold us for ever.
+        event.assoc.dul.socket.socket.settimeout(TIMEOUT_S)
+        reached.set()
+
+    try:
+        made = entity.associate(
+            peer.host,
+            peer.port,
+            contexts=contexts,
+            ae_title=peer.ae_title,
+            max_pdu=MAX_PDU,
+            evt_handlers=[(evt.EVT_CONN_OPEN, opened)],
+        )
+    except OSError:
+        raise PeerError(f"the host name {peer.host} cannot be resolved", permanent=False, reached=False) from None
     if not made.is_established:
         raise _no_association(made, peer, reached.is_set())
     try:
@@ -106,12 +143,15 @@ def store(open_association: Association, item: Outgoing) -> str:
         kind = UID(item.sop_class_uid).name
         syntax = UID(item.transfer_syntax_uid).name
         raise PeerError(f"the peer does not accept {kind} in {syntax}", permanent=True)
+    open_association.dimse_timeout = TIMEOUT_S + item.path.stat().st_size / SLOWEST_LINE
     status = _status(open_association.send_c_store(item.path))
     if status is None:
-        raise PeerError("no answer to C-STORE", permanent=False)
+        raise PeerError("no answer to C-STORE", permanent=False, reached=False)
     if status == 0x0000:
         return ""
-    if status in (0x0001, 0x0107, 0x0116) or 0xB000 <= status <= 0xBFFF:
+    # 0x0111: duplicate SOP instance. Our UIDs are derived, so it is this very object, from a push whose bookkeeping was
+    # lost.
+    if status in (0x0001, 0x0107, 0x0111, 0x0116) or 0xB000 <= status <= 0xBFFF:
         return f"stored with warning {_hexadecimal(status)}"
     # 0xA700: out of resources; 0x0110: processing failure; 0x0213: resource limitation. These pass. The rest names
     # something wrong with the object or with our rights, which the same object will meet again.
@@ -173,14 +213,15 @@ def _no_association(made: Association, peer: Peer, reached: bool) -> PeerError:
     """Why there is no association, in words (PS3.8 9.3.4, table 9-21: result, source, reason)."""
     where = f"{peer.ae_title} at {peer.host}:{peer.port}"
     if not reached:
-        return PeerError(f"no connection to {where}", permanent=False)
+        return PeerError(f"no connection to {where}", permanent=False, reached=False)
     if made.is_rejected:
         answer = made.acceptor.primitive
         why = getattr(answer, "reason_str", "no reason given")
         # Result 1 is 'rejected permanent', 2 'rejected transient'. Most permanent rejections are an AE title that an
         # admin is about to enter, so they too are tried again.
-        return PeerError(f"{where} rejected the association: {why}", permanent=False)
+        return PeerError(f"{where} rejected the association: {why}", permanent=False, reached=False)
     if made.rejected_contexts:
         kinds = ", ".join(sorted({UID(str(c.abstract_syntax)).name for c in made.rejected_contexts}))
         return PeerError(f"{where} does not accept {kinds}", permanent=True)
-    return PeerError(f"{where} aborted the association, or did not answer in {TIMEOUT_S:.0f} s", permanent=False)
+    what = f"{where} aborted the association, or did not answer in {TIMEOUT_S:.0f} s"
+    return PeerError(what, permanent=False, reached=False)

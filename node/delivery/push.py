@@ -25,7 +25,7 @@ def push_all(items: Sequence[Outgoing], peer: Peer, calling_ae: str, sent: Sent)
     Raises
     ------
     PeerError
-        When an association cannot be made; objects already reported to `sent` are with the peer.
+        When an association cannot be made or is lost; objects already reported to `sent` were answered.
     """
     for group in _associations(items):
         with association(peer, calling_ae, contexts_for(group)) as made:
@@ -33,6 +33,8 @@ def push_all(items: Sequence[Outgoing], peer: Peer, calling_ae: str, sent: Sent)
                 try:
                     store(made, item)
                 except PeerError as error:
+                    if not error.reached:
+                        raise
                     sent(item, error)
                 else:
                     sent(item, None)
