@@ -75,7 +75,7 @@ def one_run(folder: Path, ct: Path, node: RunningNode, orthanc: Orthanc) -> dict
     done = threading.Event()
 
     def watch() -> None:
-        while len(arrived) < len(KINDS) and not done.wait(0.01):
+        while len(arrived) < len(KINDS) and not done.wait(0.05):
             count = orthanc.get("/statistics").json()["CountInstances"] - before
             arrived.extend([time.time()] * (count - len(arrived)))
 

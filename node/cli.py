@@ -79,7 +79,7 @@ def up(config: Config = None) -> None:
 @app.command()
 def listen(config: Config = None) -> None:
     """Receive series by C-STORE until stopped."""
-    from node import tasks
+    from node import reception, tasks
     from node.broker import BrokerError, broker
     from node.processes import stop_signal
     from node.telemetry import logs
@@ -92,7 +92,7 @@ def listen(config: Config = None) -> None:
             here = tasks.Node.open(settings)
             sweeper = tasks.Sweeper(here)
             sweeper.start()
-            listener = tasks.intake(here)
+            listener = reception.intake(here)
             listener.start()
             stop.event.wait()
             listener.stop()

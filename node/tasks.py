@@ -1,4 +1,4 @@
-"""Where the stages meet: the Celery app, its tasks, and what happens when a series is closed.
+"""Where the stages meet: the Celery app and its tasks.
 
 A task carries the id of a row in the ledger and is only a bell: it claims the row by a lease, does one stage's work,
 and writes the outcome in one transaction. A bell that is lost is rung again by the sweep.
@@ -6,7 +6,6 @@ and writes the outcome in one transaction. A bell that is lost is rung again by 
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
 import threading
@@ -15,13 +14,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from celery import Celery, signals
 from kombu.exceptions import OperationalError
 from pydicom import dcmread
-from sqlalchemy import select
 
 from models.registry import load_bundle
 from node import results
@@ -32,10 +30,6 @@ from node.analysis.volume import VolumeError
 from node.config import Settings, load
 from node.delivery.peer import PeerError
 from node.delivery.push import push
-from node.intake.assembly import Assembly, AssociationId, ClosedSeries
-from node.intake.listener import Listener, ListenerOptions
-from node.intake.spool import Spool
-from node.intake.triage import Verdict, triage
 from node.ledger import Analysis, Delivery, Ledger, Object, Series, State, Work
 from node.telemetry import logs
 
@@ -56,8 +50,6 @@ SWEEP_S = 2.0
 
 #: Bells in a queue above which the sweep adds none: they would only pile up.
 FULL_QUEUE = 100
-
-_LOCKS: list[IO[str]] = []
 
 app = Celery("lungnode")
 app.conf.update(
@@ -114,94 +106,6 @@ def segmenter(device: str) -> Segmenter:
 
     chosen = None if device == "auto" else device
     return Segmenter(load_bundle("lungs"), load_bundle("infection"), chosen)
-
-
-def series_closed(here: Node, closed: ClosedSeries) -> None:
-    """Triage a series that intake closed, and write down what is owed for it."""
-    try:
-        verdict = triage(closed)
-        header = dcmread(closed.paths[0], stop_before_pixels=True)
-        names = here.settings.peer_names(closed.calling_ae)
-        route = next((route for route in here.settings.routes if route.takes(names, header)), None)
-    except Exception as error:
-        # Whatever is wrong with its header, the series must come to an end that can be seen.
-        verdict, route = Verdict(False, f"not analysed: its header cannot be read ({logs.plainly(error)})"), None
-    not_analysed = None
-    if not verdict.analyse:
-        decision = verdict.reason
-        if route is not None and verdict.tell and route.tell_not_analysed:
-            not_analysed = verdict.reason.removeprefix("not analysed: ")
-    elif route is None:
-        decision = "not analysed: no route takes it"
-    else:
-        decision = f"route '{route.name}': {verdict.reason}"
-    owed = route is not None and (verdict.analyse or not_analysed is not None)
-    with here.ledger() as session:
-        series = here.ledger.add_series(
-            session,
-            closed.series_instance_uid,
-            closed.study_instance_uid,
-            [header.sop_instance_uid for header in closed.instances],
-            calling_ae=closed.calling_ae,
-            instances=[str(path.relative_to(here.spool)) for path in closed.paths],
-            complete=closed.complete,
-            closed_because=closed.reason,
-            verdict=decision,
-        )
-        if series is None:
-            log.info("received again, unchanged", series=closed.series_instance_uid)
-            return
-        here.ledger.tell(session, series.id, "received", f"{len(closed.paths)} instances: {closed.reason}")
-        here.ledger.tell(session, series.id, "triage", decision)
-        if route is not None and owed:
-            destinations = {peer: list(kinds) for peer, kinds in route.to.items()}
-            series.analyses.append(
-                Analysis(
-                    route=route.name,
-                    destinations=destinations,
-                    tell=route.tell_not_analysed,
-                    not_analysed=not_analysed,
-                )
-            )
-        session.flush()
-        bells = [analysis.id for analysis in series.analyses]
-    log.info("triaged", series=closed.series_instance_uid, decision=decision)
-    ring("analyse", bells)
-
-
-def intake(here: Node) -> Listener:
-    """The listener of this installation, ready to start, with what was open when the last one ended."""
-    me = here.settings.listener
-    # Two listeners on one spool would clear away each other's half-written files. The lock goes with the process.
-    lock = (here.settings.data / "listener.lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OSError(f"another listener works on {here.settings.data}") from None
-    _LOCKS.append(lock)
-    spool = Spool(here.spool, me.disk_floor_mb << 20)
-    assembly = Assembly(
-        lambda closed: series_closed(here, closed),
-        me.quiet_period_s,
-        recall=lambda study, series: ((one.header, one.path) for one in spool.series(study, series)),
-        lacking=here.ledger.lacks,
-    )
-    for study, series in spool.series_uids():
-        if not _closed_before(here, series, {path.name for path in (here.spool / study / series).glob("*.dcm")}):
-            found = spool.series(study, series)
-            for one in found[:1]:
-                sender = AssociationId(0, one.calling_ae, one.called_ae)
-                assembly.restore(sender, ((one.header, one.path) for one in found))
-                log.info("open before the restart", series=series, instances=len(found))
-    senders = {peer.ae_title for peer in here.settings.peers_that_may("send").values()}
-    options = ListenerOptions(
-        ae_title=me.ae_title,
-        host=me.host,
-        port=me.port,
-        known_peers=None if me.accept == "any" else frozenset(senders),
-        max_associations=me.max_associations,
-    )
-    return Listener(options, spool, assembly)
 
 
 def _task(name: Work, **options: Any) -> Callable[[Callable[[int], None]], Any]:
@@ -344,13 +248,6 @@ class _Made:
     reason: str
     objects: list[results.ResultObject]
     summary: dict[str, Any] | None = None
-
-
-def _closed_before(here: Node, series_uid: str, files: set[str]) -> bool:
-    """Whether the ledger has a generation of the series that all of these files are of."""
-    with here.ledger() as session:
-        generations = session.scalars(select(Series).where(Series.series_instance_uid == series_uid))
-        return any(files <= {Path(name).name for name in series.instances} for series in generations)
 
 
 def _begin(here: Node, row: int) -> _Work:
