@@ -89,6 +89,21 @@ def test_orthanc_takes_one_object(objects: list[Path], orthanc: Orthanc) -> None
 
 @REFUSED
 @pytest.mark.peer
+def test_file_whose_meta_lacks_its_uid_is_sent_too(objects: list[Path], storescp: tuple[Peer, Path]) -> None:
+    peer, folder = storescp
+    lacking = dcmread(objects[0])
+    del lacking.file_meta.MediaStorageSOPInstanceUID
+    lacking.save_as(objects[0])
+    (objects[0].parent / "notes.txt").write_text("no DICOM")
+    items = Outgoing.below(objects[0].parent)
+    assert len(items) == len(objects)
+    assert push(objects[0], peer, "LUNGNODE") == ""
+    (received,) = folder.iterdir()
+    assert dcmread(received).PixelData == lacking.PixelData
+
+
+@REFUSED
+@pytest.mark.peer
 def test_class_that_the_peer_does_not_know_is_refused_for_good(
     objects: list[Path], storescp: tuple[Peer, Path], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_file_meta_info
 from pydicom.uid import UID
 from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association
@@ -80,11 +81,15 @@ class Outgoing:
 
     @classmethod
     def read(cls, path: Path) -> Outgoing:
-        """From the file's meta information; raises pydicom's InvalidDicomError when it is not a Part 10 file."""
-        meta = dcmread(path, stop_before_pixels=True, specific_tags=[]).file_meta
-        return cls(
-            path, str(meta.MediaStorageSOPClassUID), str(meta.MediaStorageSOPInstanceUID), str(meta.TransferSyntaxUID)
-        )
+        """Read what a file says of itself.
+
+        Raises
+        ------
+        InvalidDicomError, AttributeError
+            It is not a Part 10 file, or names no SOP class, SOP instance or transfer syntax.
+        """
+        header = dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
+        return cls(path, str(header.SOPClassUID), str(header.SOPInstanceUID), str(header.file_meta.TransferSyntaxUID))
 
 
 def echo(peer: Peer, calling_ae: str) -> None:
@@ -144,7 +149,9 @@ def store(open_association: Association, item: Outgoing) -> str:
         syntax = UID(item.transfer_syntax_uid).name
         raise PeerError(f"the peer does not accept {kind} in {syntax}", permanent=True)
     open_association.dimse_timeout = TIMEOUT_S + item.path.stat().st_size / SLOWEST_LINE
-    status = _status(open_association.send_c_store(item.path))
+    # Straight from disk; only a file whose meta information lacks its UID (some anonymisers drop it) is read first.
+    whole_meta = "MediaStorageSOPInstanceUID" in read_file_meta_info(item.path)
+    status = _status(open_association.send_c_store(item.path if whole_meta else dcmread(item.path)))
     if status is None:
         raise PeerError("no answer to C-STORE", permanent=False, reached=False)
     if status == 0x0000:
