@@ -141,7 +141,16 @@ def _work_on(queue: str, url: str) -> None:
         # Not in the other worker, which forks: a child forked in the midst of a sweep inherits SQLite's locks for good.
         tasks.Sweeper(tasks.node()).start()
     pool = ["--pool", "prefork", "--concurrency", "1"] if queue == "analyse" else ["--pool", "threads", "-c", "4"]
-    arguments = ["worker", "--queues", queue, "--hostname", f"{queue}@%h", "--without-gossip", "--without-mingle"]
+    arguments = [
+        "--quiet",
+        "worker",
+        "--queues",
+        queue,
+        "--hostname",
+        f"{queue}@%h",
+        "--without-gossip",
+        "--without-mingle",
+    ]
     # Celery must not tell a broker that is gone that it goes: it would wait for it for ever.
     arguments.append("--without-heartbeat")
     with suppress(SystemExit):

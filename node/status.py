@@ -134,7 +134,7 @@ def findings(summary: dict[str, Any]) -> Table:
     lines = [
         ("consecutive slices", f"{run['longest_run']} ({run['longest_run_mm']:.0f} mm) → {verdict}"),
         ("intensity", f"{boxes['ratio']:.2f} → {boxes['grade']}"),
-        ("Noisy-OR", f"{noisy_or['probability']:.3f} over {noisy_or['lesions']} lesions"),
+        ("Noisy-OR", f"{noisy_or['probability']:.3f} over {noisy_or['lesions']} lesions (not calibrated)"),
         ("open-lung slices", f"{len(scan['open_lung']['kept'])} of {len(scan['open_lung']['dark_pixels'])}"),
         ("models", ", ".join(f"{model['name']} {model['version']}" for model in summary["models"])),
         *(("note", note) for note in summary["notes"]),

@@ -72,8 +72,10 @@ def rules(findings: Findings) -> list[Rule]:
         Rule(
             "Noisy-OR",
             f"probabilities of {counted(noisy_or.lesions, 'lesion')} combined",
-            "no threshold",
-            "Probability " + (f"{noisy_or.probability:.3f}" if noisy_or.probability < 0.9995 else "above 0.999"),
+            # A lesion's probability is the mean of its voxels', each above the network's threshold, and no calibrated
+            # one: a single false lesion brings the scan near 1, and the reader must know.
+            "not calibrated, no threshold; one false lesion suffices for a high value",
+            (f"{noisy_or.probability:.3f}" if noisy_or.probability < 0.9995 else "Above 0.999") + ", not calibrated",
         ),
     ]
 
