@@ -1,0 +1,146 @@
+"""What is owed for a closed series, and what becomes of an analysis that fails, without broker or networks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom import dcmread
+
+from models.registry import BundleError
+from models.training.phantom import phantom
+from node import ledger as ledger_module
+from node import reception, tasks
+from node.config import Settings
+from node.intake.assembly import ClosedSeries
+from node.ledger import MAX_ANALYSIS_ATTEMPTS, MAX_BACKOFF_S, Work
+from node.offline import closed_folder
+from node.phantom import write_series
+from node.status import all_series, state
+from node.tasks import Node
+
+
+class Clock:
+    """Stands in for the wall clock of the ledger."""
+
+    now = 1_000_000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def rung(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Work, int]]:
+    bells: list[tuple[Work, int]] = []
+    for module in (tasks, reception):
+        monkeypatch.setattr(module, "ring", lambda work, rows: bells.extend((work, row) for row in rows))
+    return bells
+
+
+def make_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **route: Any) -> Node:
+    peers = {"pacs": {"ae_title": "PACS", "host": "127.0.0.1", "port": 104}}
+    routes = [{"name": "chest", "to": {"pacs": ["infection-seg", "sr", "capture"]}, **route}]
+    here = Node.open(Settings.model_validate({"data": tmp_path / "var", "peers": peers, "routes": routes}))
+    monkeypatch.setattr(tasks, "node", lambda: here)
+    return here
+
+
+def receive(here: Node, *, complete: bool = True) -> ClosedSeries:
+    made = phantom(3, shape=(40, 48, 48), spacing=(5.0, 7.0, 7.0))
+    write_series(made, here.spool / "1.2" / "1.3", 3)
+    (closed,) = closed_folder(here.spool)
+    closed = dataclasses.replace(closed, calling_ae="PACS", complete=complete)
+    reception.series_closed(here, closed)
+    return closed
+
+
+def test_routed_chest_ct_is_owed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[Work, int]]
+) -> None:
+    here = make_node(tmp_path, monkeypatch)
+    reception.series_closed(here, receive(here))
+    assert rung == [("analyse", 1)]
+    (series,) = all_series(here.ledger)
+    assert state(series) == "waiting"
+    assert series.verdict.startswith("route 'chest': axial chest CT, 40 slices")
+
+
+@pytest.mark.parametrize("route", [{"from": ["pacs"], "when": {"StationName": "OTHER"}}, {"when": {"Modality": "MR"}}])
+def test_series_that_no_route_takes_is_kept_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[Work, int]], route: dict[str, Any]
+) -> None:
+    here = make_node(tmp_path, monkeypatch, **route)
+    receive(here)
+    (series,) = all_series(here.ledger)
+    assert (state(series), series.verdict, rung) == ("kept", "not analysed: no route takes it", [])
+
+
+def test_header_that_cannot_be_read_ends_in_sight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[Work, int]]
+) -> None:
+    here = make_node(tmp_path, monkeypatch)
+    closed = receive(here)
+    broken = dataclasses.replace(closed, instances=closed.instances[:30], paths=closed.paths[:30])
+    broken.paths[0].write_bytes(b"Doe^Jane")
+    reception.series_closed(here, broken)
+    newest = all_series(here.ledger)[0]
+    assert "its header cannot be read" in newest.verdict
+    assert "Doe" not in newest.verdict
+
+
+@pytest.mark.parametrize(("tell", "kinds"), [(True, {"sr", "capture"}), (False, set())])
+def test_incomplete_series_is_told_where_the_route_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[Work, int]], tell: bool, kinds: set[str]
+) -> None:
+    here = make_node(tmp_path, monkeypatch, tell_not_analysed=tell)
+    receive(here, complete=False)
+    for _, row in list(rung):
+        tasks.analyse(row)
+    (series,) = all_series(here.ledger)
+    assert {made.kind for analysis in series.analyses for made in analysis.objects} == kinds
+    assert state(series) == ("delivering" if tell else "kept")
+
+
+def test_analysis_that_keeps_failing_tells_the_study_and_names_no_patient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[Work, int]]
+) -> None:
+    here, clock = make_node(tmp_path, monkeypatch), Clock()
+    monkeypatch.setattr(ledger_module, "time", clock)
+
+    def fail(*_: Any) -> None:
+        raise errors.pop(0)
+
+    errors: list[Exception] = [BundleError("weights are missing")] * (MAX_ANALYSIS_ATTEMPTS - 1)
+    errors.append(ValueError("Doe^Jane"))
+    monkeypatch.setattr(tasks, "segmenter", fail)
+    receive(here)
+    for _ in range(MAX_ANALYSIS_ATTEMPTS + 1):
+        tasks.analyse(1)
+        clock.now += 2 * MAX_BACKOFF_S
+    (series,) = all_series(here.ledger)
+    (analysis,) = series.analyses
+    assert analysis.state == "failed"
+    assert {made.kind for made in analysis.objects} == {"sr", "capture"}
+    told = dcmread(here.results / analysis.objects[0].path)
+    assert "the analysis failed" in told.to_json()
+    words = " ".join(event.text for event in series.events)
+    assert "BundleError: weights are missing" in words
+    assert "Doe" not in words + analysis.reason
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*socket:pytest.PytestUnraisableExceptionWarning")
+def test_object_that_cannot_be_sent_stays_owed_and_holds_back_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[Work, int]]
+) -> None:
+    here = make_node(tmp_path, monkeypatch)
+    receive(here, complete=False)
+    tasks.analyse(1)
+    first, second = (row for work, row in rung if work == "deliver")
+    tasks.deliver(first)
+    (series,) = all_series(here.ledger)
+    one, two = (d for made in series.analyses[0].objects for d in made.deliveries)
+    assert (one.state, one.attempts, one.reason) == ("waiting", 1, "no connection to PACS at 127.0.0.1:104")
+    assert (two.state, two.attempts, two.due_at) == ("waiting", 0, one.due_at)
+    assert second == two.id
