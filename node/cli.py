@@ -150,9 +150,9 @@ def _work_on(queue: str, url: str) -> None:
         f"{queue}@%h",
         "--without-gossip",
         "--without-mingle",
+        # Celery must not tell a broker that is gone that it goes: it would wait for it for ever.
+        "--without-heartbeat",
     ]
-    # Celery must not tell a broker that is gone that it goes: it would wait for it for ever.
-    arguments.append("--without-heartbeat")
     with suppress(SystemExit):
         tasks.app.worker_main([*arguments, *pool, "--loglevel", "WARNING"])
 

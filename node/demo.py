@@ -63,7 +63,7 @@ def run(folder: Path | None, out: Path, console: Console) -> None:
         _send(items, me, console)
         here = Node.open(settings)
         series = _follow(here, console)
-    _show(here, series, out, console)
+    _show(series, out, console)
 
 
 def _make_room(out: Path, folder: Path | None) -> None:
@@ -201,7 +201,7 @@ def _follow(here: Node, console: Console) -> Series:
     raise DemoError(f"nothing came back in {GIVE_UP_S:.0f} s; see the log")
 
 
-def _show(here: Node, series: Series, out: Path, console: Console) -> None:
+def _show(series: Series, out: Path, console: Console) -> None:
     analysis = series.analyses[0] if series.analyses else None
     if analysis is None:
         raise DemoError(series.verdict)
@@ -209,7 +209,7 @@ def _show(here: Node, series: Series, out: Path, console: Console) -> None:
     if analysis.summary is not None:
         console.print(status.findings(analysis.summary))
     else:
-        console.print(f"[yellow]{analysis.reason}[/]")
+        console.print(Text(analysis.reason, style="yellow"))
     console.print()
     for made in analysis.objects:
         received = out / "archive" / f"{made.sop_instance_uid}.dcm"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -90,7 +91,10 @@ def _header(path: Path) -> InstanceHeader:
     meta = read_file_meta_info(path)
     # Preamble and prefix, the group length element, and what it counts (PS3.10 7.1).
     start = 128 + 4 + 12 + int(meta.FileMetaInformationGroupLength)
-    return read_header(path.read_bytes()[start:], str(meta.TransferSyntaxUID))
+    with path.open("rb") as file:
+        # Mapped, not read: the walk stops at the pixel data, so only the first pages come from disk.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return read_header(memoryview(mapped)[start:], str(meta.TransferSyntaxUID))
 
 
 def _analyse(series: ClosedSeries, target: Path, out: Path, device: str, progress: Progress, bar: Any) -> Analysed:

@@ -333,8 +333,7 @@ def _as_row(here: Node, made: results.ResultObject, destinations: dict[str, list
 
 def _length(connection: Any, queue: str) -> int:
     """Bells waiting in a queue; 0 for a queue that does not exist yet."""
-    channel = connection.default_channel
-    return int(channel.client.llen(queue))
+    return int(connection.default_channel.client.llen(queue))
 
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]

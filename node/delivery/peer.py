@@ -11,7 +11,6 @@ from typing import Any
 
 from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
-from pydicom.filereader import read_file_meta_info
 from pydicom.uid import UID
 from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association
@@ -68,6 +67,9 @@ class Outgoing:
     sop_class_uid: str
     sop_instance_uid: str
     transfer_syntax_uid: str
+    #: Whether its meta information names the instance. Some anonymisers drop that, and pynetdicom needs it to send a
+    #: file straight from disk.
+    meta_names_it: bool
 
     @classmethod
     def below(cls, folder: Path) -> list[Outgoing]:
@@ -89,7 +91,14 @@ class Outgoing:
             It is not a Part 10 file, or names no SOP class, SOP instance or transfer syntax.
         """
         header = dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
-        return cls(path, str(header.SOPClassUID), str(header.SOPInstanceUID), str(header.file_meta.TransferSyntaxUID))
+        meta = header.file_meta
+        return cls(
+            path,
+            str(header.SOPClassUID),
+            str(header.SOPInstanceUID),
+            str(meta.TransferSyntaxUID),
+            "MediaStorageSOPInstanceUID" in meta,
+        )
 
 
 def echo(peer: Peer, calling_ae: str) -> None:
@@ -149,9 +158,7 @@ def store(open_association: Association, item: Outgoing) -> str:
         syntax = UID(item.transfer_syntax_uid).name
         raise PeerError(f"the peer does not accept {kind} in {syntax}", permanent=True)
     open_association.dimse_timeout = TIMEOUT_S + item.path.stat().st_size / SLOWEST_LINE
-    # Straight from disk; only a file whose meta information lacks its UID (some anonymisers drop it) is read first.
-    whole_meta = "MediaStorageSOPInstanceUID" in read_file_meta_info(item.path)
-    status = _status(open_association.send_c_store(item.path if whole_meta else dcmread(item.path)))
+    status = _status(open_association.send_c_store(item.path if item.meta_names_it else dcmread(item.path)))
     if status is None:
         raise PeerError("no answer to C-STORE", permanent=False, reached=False)
     if status == 0x0000:

@@ -159,12 +159,6 @@ class Spool:
             if UID.match(study.name):
                 yield from ((study.name, series.name) for series in sorted(study.iterdir()) if UID.match(series.name))
 
-    def recover(self) -> Iterator[list[SpooledInstance]]:
-        """Every series on disk, for putting together again what was open when the process ended."""
-        for study_uid, series_uid in self.series_uids():
-            if instances := self.series(study_uid, series_uid):
-                yield instances
-
     def _folder(self, study_uid: str, series_uid: str) -> Path:
         return self.root / _valid(study_uid) / _valid(series_uid)
 
