@@ -177,11 +177,14 @@ def semiseg(slices: Path) -> list[Patient]:
 
 
 def phantoms(seeds: Sequence[int], *, slices: int = 28, severity: int | None = None) -> list[Patient]:
-    """Procedural patients; without a severity one in three is healthy, the rest of all degrees."""
+    """Procedural patients; without a severity one in three is healthy, the rest of all degrees; extras by the seed."""
     patients = []
     for seed in seeds:
         drawn = phantom(
-            seed, shape=(slices, 256, 256), severity=(0, 1, 2, 0, 2, 3)[seed % 6] if severity is None else severity
+            seed,
+            shape=(slices, 256, 256),
+            severity=(0, 1, 2, 0, 2, 3)[seed % 6] if severity is None else severity,
+            extras=None,
         )
         name = f"phantom_{seed}_{severity}"
         pixel = drawn.spacing[2]

@@ -6,7 +6,8 @@ import cc3d
 import numpy as np
 import pytest
 
-from models.training.phantom import MINIMUM_LESION_MM3, Phantom, phantom
+from models.training.phantom import EXTRA_CHANCE, Extra, Phantom, phantom
+from models.training.pneumonia import MINIMUM_LESION_MM3
 
 SHAPE = (24, 64, 64)
 
@@ -83,12 +84,61 @@ def test_a_given_spacing_is_kept() -> None:
     assert phantom(1, shape=(8, 32, 32), spacing=(30.0, 12.0, 11.0), severity=0).spacing == (30.0, 12.0, 11.0)
 
 
+def with_and_without(seed: int, extra: Extra, severity: int = 0) -> tuple[Phantom, Phantom]:
+    shape = (32, 96, 96)
+    plain = phantom(seed, shape=shape, severity=severity, noise_hu=5.0)
+    return plain, phantom(seed, shape=shape, severity=severity, noise_hu=5.0, extras=[extra])
+
+
+@pytest.mark.parametrize("extra", ["nodules", "effusion", "atelectasis", "emphysema", "motion"])
+def test_a_confounder_shows_and_is_no_infection(extra: Extra) -> None:
+    plain, drawn = with_and_without(23, extra)
+    assert not drawn.infection.any()
+    change = drawn.hu.astype(int) - plain.hu
+    assert (abs(change) > 100).sum() * np.prod(plain.spacing) > 300, "a reader would see it"
+    litre_hu = change[plain.lungs > 0].sum() * np.prod(plain.spacing) / 1e6
+    if extra != "motion":
+        assert litre_hu < -1 if extra == "emphysema" else litre_hu > 0.1
+    if extra == "effusion":
+        fluid = (plain.lungs > 0) & (drawn.lungs == 0)
+        assert fluid.sum() * np.prod(plain.spacing) > 5000
+        assert -20 < np.median(drawn.hu[fluid]) < 50
+        rows = np.indices(fluid.shape)[1]
+        assert rows[fluid].mean() > rows[plain.lungs > 0].mean() + 5, "fluid lies at the back"
+    else:
+        assert np.array_equal(drawn.lungs, plain.lungs)
+
+
+@pytest.mark.parametrize(("extra", "sign"), [("crazy paving", 1), ("air bronchograms", -1)])
+def test_a_pattern_changes_what_lies_in_lesions_alone(extra: Extra, sign: int) -> None:
+    plain, drawn = with_and_without(24, extra, severity=3)
+    assert np.array_equal(drawn.lungs, plain.lungs)
+    change = drawn.hu.astype(int) - plain.hu
+    strong = abs(change) > 100
+    assert strong.any()
+    assert (sign * change[strong] > 0).mean() > 0.95
+    assert (drawn.infection | plain.infection)[strong].mean() > 0.7
+
+
+def test_extras_are_drawn_by_the_seed_as_often_as_they_say() -> None:
+    def differs(seed: int) -> bool:
+        small = {"shape": (8, 32, 32), "severity": 0}
+        return not np.array_equal(phantom(seed, **small).hu, phantom(seed, extras=None, **small).hu)  # type: ignore[arg-type]
+
+    confounders = [
+        chance for extra, chance in EXTRA_CHANCE.items() if extra not in ("air bronchograms", "crazy paving")
+    ]
+    expected = 1 - np.prod([1 - chance for chance in confounders])
+    assert abs(np.mean([differs(seed) for seed in range(40)]) - expected) < 0.2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"severity": 4}, "severity must be 0, 1, 2 or 3"),
         ({"shape": (4, 64, 64)}, "at least 8 voxels"),
         ({"spacing": (1.0, 0.0, 1.0)}, "positive numbers of mm"),
+        ({"extras": ["gas"]}, "unknown extras"),
     ],
 )
 def test_nonsense_is_refused(arguments: dict[str, object], words: str) -> None:
