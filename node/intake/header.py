@@ -56,7 +56,9 @@ class InstanceHeader:
     positions: tuple[tuple[float, float, float], ...] = ()
 
 
-def read_header(dataset: bytes | bytearray | memoryview, transfer_syntax_uid: str) -> InstanceHeader:
+def read_header(
+    dataset: bytes | bytearray | memoryview, transfer_syntax_uid: str, *, whole: bool = True
+) -> InstanceHeader:
     """Read the header of an encoded data set (without File Meta Information).
 
     Parameters
@@ -66,6 +68,8 @@ def read_header(dataset: bytes | bytearray | memoryview, transfer_syntax_uid: st
     transfer_syntax_uid
         The transfer syntax that was negotiated for them. Every one but Implicit VR Little Endian, Explicit VR Big
         Endian and the deflated one is Explicit VR Little Endian up to the pixel data (PS3.5 A.4).
+    whole
+        False for the first bytes of a data set, of which only what they hold is asked.
 
     Raises
     ------
@@ -73,9 +77,9 @@ def read_header(dataset: bytes | bytearray | memoryview, transfer_syntax_uid: st
         The bytes are no data set, end within an element, or name no study, series or instance.
     """
     data = memoryview(dataset)
-    whole = True
     if transfer_syntax_uid == DEFLATED:
-        data, whole = _inflated(data)
+        data, all_of_it = _inflated(data, whole)
+        whole = whole and all_of_it
     walk = _Walk(data, "big" if transfer_syntax_uid == EXPLICIT_BIG else "little", whole)
     try:
         found = walk.wanted(0, len(data), transfer_syntax_uid != IMPLICIT_LITTLE, _TOP)
@@ -196,7 +200,7 @@ class _Walk:
         found: _Found = {}
         while at < end:
             if end - at < 8:
-                if any(self._data[at:end]):
+                if self._whole and any(self._data[at:end]):
                     raise HeaderError("the data set ends within an element")
                 break
             tag, value, length, inner = self._element(at, explicit)
@@ -298,14 +302,14 @@ class _Walk:
         return at
 
 
-def _inflated(data: memoryview) -> tuple[memoryview, bool]:
+def _inflated(data: memoryview, whole: bool) -> tuple[memoryview, bool]:
     """The inflated bytes up to `INFLATE_LIMIT`, and whether they are all."""
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         inflated = stream.decompress(data, INFLATE_LIMIT)
     except zlib.error:
         raise HeaderError("the data set is no deflate stream") from None
-    if not stream.eof and len(inflated) < INFLATE_LIMIT:
+    if whole and not stream.eof and len(inflated) < INFLATE_LIMIT:
         raise HeaderError("the deflated data set ends too early")
     return memoryview(inflated), stream.eof
 

@@ -11,7 +11,8 @@ import itertools
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import SOPClassCommonExtendedNegotiation
 from pynetdicom.presentation import AllStoragePresentationContexts, PresentationContext, build_context
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at import
-from pynetdicom.transport import ThreadedAssociationServer
+from pynetdicom.transport import AssociationServer
 
 from node.intake.assembly import Assembly, AssociationId, Ending
 from node.intake.header import HeaderError, InstanceHeader, read_header
@@ -31,10 +32,11 @@ from node.intake.spool import (
     IMPLEMENTATION_CLASS_UID,
     IMPLEMENTATION_VERSION,
     InvalidUIDError,
+    Part,
     Spool,
     SpoolFullError,
-    Stored,
 )
+from node.intake.transport import DIRECT, MAXIMUM_PDU, STOCK, StoreRequest, Transport, amid_instance, serve
 from node.telemetry.logs import plainly
 
 log = structlog.stdlib.get_logger(__name__)
@@ -55,13 +57,18 @@ CANNOT_UNDERSTAND: Final = 0xC000
 #: Failure, Processing Failure (PS3.7 C.5.6): a fault of ours. The sender keeps its copy.
 PROCESSING_FAILURE: Final = 0x0110
 
-# A-ASSOCIATE-RJ (PS3.8 table 9-21), as (result, source, reason), sent by pynetdicom:
-#   (1, 1, 7) permanent, service user, called AE title not recognized
-#   (1, 1, 3) permanent, service user, calling AE title not recognized
-#   (2, 3, 2) transient, service provider (presentation), local limit exceeded
+#: A-ASSOCIATE-RJ (PS3.8 table 9-21) as (result, source, reason).
+_CALLED_AE_UNKNOWN: Final = (1, 1, 7)
+_CALLING_AE_UNKNOWN: Final = (1, 1, 3)
+#: Transient: temporary congestion, local limit exceeded.
+_CONGESTED: Final = (2, 3, 1)
+_LIMIT_EXCEEDED: Final = (2, 3, 2)
 
-#: Bytes; the largest that DCMTK uses. Larger brings nothing.
-MAXIMUM_PDU = 128 * 1024
+#: Share of the disk floor below which not even associations are taken: each would only end in refusals.
+NO_ASSOCIATION_BELOW: Final = 0.5
+
+#: Bytes of an instance that could not be stored which are kept to tell which series lacks it.
+_HEAD: Final = 64 * 1024
 
 #: Seconds for a peer that has connected to ask for an association (the ARTIM timer, PS3.8 9.1.5): bounds port probes.
 ACSE_TIMEOUT_S = 30.0
@@ -121,8 +128,9 @@ class ListenerOptions:
     #: Calling AE titles that are let in; None lets in every one.
     known_peers: frozenset[str] | None = None
     max_associations: int = 32
-    #: Seconds without a byte after which a peer is taken to be gone.
+    #: Seconds without a byte, or for one PDU, after which a peer is taken to be gone.
     network_timeout_s: float = 60.0
+    transport: Transport = DIRECT
 
 
 class Listener:
@@ -155,7 +163,7 @@ class Listener:
         self._assembly = assembly
         self._contexts = [build_context(Verification), *contexts]
         self._handlers = list(handlers)
-        self._server: ThreadedAssociationServer | None = None
+        self._server: AssociationServer | None = None
         self._numbers = itertools.count(1)
         self._associations: dict[Association, AssociationId] = {}
         self._lock = threading.Lock()
@@ -185,30 +193,30 @@ class Listener:
         ae.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
         ae.implementation_version_name = IMPLEMENTATION_VERSION
         ae.maximum_pdu_size = MAXIMUM_PDU
-        ae.maximum_associations = options.max_associations
+        # Counted and told by us: pynetdicom counts every connection, also one that never asks for an association.
+        ae.maximum_associations = 1 << 30
         ae.network_timeout = ae.dimse_timeout = options.network_timeout_s
         ae.acse_timeout = ACSE_TIMEOUT_S
-        ae.require_called_aet = True
-        ae.require_calling_aet = sorted(options.known_peers or ())
         handlers = [
-            (evt.EVT_CONN_OPEN, self._on_connection),
-            (evt.EVT_CONN_CLOSE, _on_connection_closed),
             (evt.EVT_REQUESTED, self._on_requested),
             (evt.EVT_SOP_COMMON, _on_common_negotiation),
             (evt.EVT_ESTABLISHED, self._on_established),
-            (evt.EVT_REJECTED, self._on_rejected),
-            (evt.EVT_C_STORE, self._on_store),
             (evt.EVT_RELEASED, self._on_released),
             (evt.EVT_ABORTED, self._on_aborted),
             *self._handlers,
         ]
+        if options.transport == STOCK:
+            handlers += [
+                (evt.EVT_CONN_OPEN, self._on_connection),
+                (evt.EVT_CONN_CLOSE, _on_connection_closed),
+                (evt.EVT_C_STORE, self._on_store),
+            ]
         self._stopping.clear()
-        self._server = ae.start_server(
-            (options.host, options.port), block=False, evt_handlers=handlers, contexts=self._contexts
-        )
+        address = (options.host, options.port)
+        self._server = serve(ae, address, self._contexts, handlers, options.transport, self._begin)
         self._ticker = threading.Thread(target=self._tick, name="assembly", daemon=True)
         self._ticker.start()
-        log.info("listening", ae_title=options.ae_title, port=self.port)
+        log.info("listening", ae_title=options.ae_title, port=self.port, transport=options.transport)
 
     def stop(self) -> None:
         """Take no more associations, let those that are open end, abort what remains, and close proved series."""
@@ -253,19 +261,45 @@ class Listener:
         transport.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _on_requested(self, event: _Event) -> None:
-        """Support what is proposed, as far as it is storage, rather than some list of SOP classes."""
-        proposed = event.assoc.requestor.primitive.presentation_context_definition_list
-        event.assoc.acceptor.supported_contexts = [*self._contexts, *_storage_contexts(proposed)]
+        """Turn an association away, or support what it proposes, as far as that is storage."""
+        association = event.assoc
+        asked = association.requestor.primitive
+        with self._lock:
+            refusal = self._refusal(asked.called_ae_title.strip(), asked.calling_ae_title.strip())
+            if refusal is None:
+                ends = asked.calling_ae_title.strip(), asked.called_ae_title.strip()
+                self._associations[association] = AssociationId(next(self._numbers), *ends)
+        if refusal is not None:
+            answer, reason, mend = refusal
+            log.warning("association rejected", calling_ae=asked.calling_ae_title.strip(), reason=reason, mend=mend)
+            association.acse.send_reject(*answer)
+            association.kill()
+            return
+        proposed = asked.presentation_context_definition_list
+        association.acceptor.supported_contexts = [*self._contexts, *_storage_contexts(proposed)]
+
+    def _refusal(self, called_ae: str, calling_ae: str) -> tuple[tuple[int, int, int], str, str] | None:
+        """A-ASSOCIATE-RJ, why, and what to do about it; None for an association that is welcome."""
+        options = self.options
+        if called_ae != options.ae_title.strip():
+            mend = f"enter the AE title {options.ae_title} at the sender"
+            return _CALLED_AE_UNKNOWN, f"it called {called_ae}", mend
+        if options.known_peers is not None and calling_ae not in options.known_peers:
+            mend = "add it to 'peers' with 'send' among what it may, or set listener.accept to any"
+            return _CALLING_AE_UNKNOWN, "its calling AE title is no peer that may send", mend
+        if len(self._associations) >= options.max_associations:
+            mend = "raise listener.max_associations, or let the sender open fewer; it will try again"
+            return _LIMIT_EXCEEDED, f"{options.max_associations} associations are open", mend
+        try:
+            self._spool.require_room(NO_ASSOCIATION_BELOW)
+        except SpoolFullError:
+            mend = "free space, or lower listener.disk_floor_mb; the sender will try again"
+            return _CONGESTED, "free disk space is far below the floor", mend
+        return None
 
     def _on_established(self, event: _Event) -> None:
-        association = event.assoc
-        self._identify(association)
-        log.info(
-            "association", calling_ae=association.requestor.ae_title, number=self._associations[association].number
-        )
-
-    def _on_rejected(self, event: _Event) -> None:
-        log.warning("association rejected", calling_ae=event.assoc.requestor.ae_title)
+        known = self._identify(event.assoc)
+        log.info("association", calling_ae=known.calling_ae, number=known.number)
 
     def _on_released(self, event: _Event) -> None:
         self._end(event.assoc, "released")
@@ -273,69 +307,144 @@ class Listener:
     def _on_aborted(self, event: _Event) -> None:
         """By the peer, by the loss of the connection, or by ourselves because nothing came for too long."""
         association = event.assoc
-        idle = association.dul.idle_timer_expired() and association.dimse.message is None
+        idle = association.dul.idle_timer_expired() and not amid_instance(association)
         self._end(association, "idle" if idle else "aborted")
 
     def _identify(self, association: Association) -> AssociationId:
-        """Our name for an association. The first object can arrive before the event that it is established."""
+        """Our name for an association that was let in; of one that has ended meanwhile, a name that nobody has."""
         with self._lock:
-            if association not in self._associations:
-                ends = association.requestor.ae_title, association.acceptor.ae_title
-                self._associations[association] = AssociationId(next(self._numbers), *ends)
-            return self._associations[association]
+            known = self._associations.get(association)
+        return known or AssociationId(0, association.requestor.ae_title, association.acceptor.ae_title)
+
+    def _begin(self, association: Association, request: StoreRequest) -> _Instance:
+        return _Instance(self._spool, self._assembly, self._identify(association), request, self._is_over(association))
+
+    def _is_over(self, association: Association) -> Callable[[], bool]:
+        return lambda: association not in self._associations
 
     def _on_store(self, event: _Event) -> Dataset:
-        association = self._identify(event.assoc)
+        """A C-STORE by the stock transport."""
+        asked, context = event.request, event.context
+        request = StoreRequest(
+            str(asked.AffectedSOPClassUID),
+            str(asked.AffectedSOPInstanceUID),
+            str(context.abstract_syntax),
+            str(context.transfer_syntax),
+        )
+        instance = self._begin(event.assoc, request)
+        instance.write(asked.DataSet.getbuffer())
+        return _answer(*instance.end())
+
+
+class _Instance:
+    """An instance on its way from an association to the spool and the assembly."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        assembly: Assembly,
+        association: AssociationId,
+        request: StoreRequest,
+        is_over: Callable[[], bool],
+    ) -> None:
+        self._assembly = assembly
+        self._association = association
+        self._request = request
+        #: Whether the association has ended before the instance did: `Listener.stop` may abort it.
+        self._is_over = is_over
+        self._part: Part | None = None
+        #: Why the instance cannot be stored, and its first bytes, which say which series will lack it.
+        self._failed: Exception | None = None
+        self._head = bytearray()
         try:
-            status, comment = self._store(event, association)
+            self._part = spool.begin(
+                sop_uid=request.sop_instance_uid,
+                sop_class_uid=request.sop_class_uid,
+                transfer_syntax_uid=request.transfer_syntax,
+                calling_ae=association.calling_ae,
+                called_ae=association.called_ae,
+            )
+        except (OSError, InvalidUIDError) as error:
+            self._failed = error
+
+    def write(self, fragment: memoryview) -> None:
+        """Take the next bytes; once storing has failed they are heard out, for the answer can only come at the end."""
+        if self._part is not None:
+            try:
+                self._part.write(fragment)
+                return
+            except OSError as error:
+                self._failed = error
+                with suppress(OSError):
+                    self._head += self._part.dataset()[:_HEAD]
+                self.drop()
+        self._head += fragment[: max(_HEAD - len(self._head), 0)]
+
+    def drop(self) -> None:
+        """Leave nothing on disk."""
+        part, self._part = self._part, None
+        if part is not None:
+            with suppress(OSError):
+                part.drop()
+
+    def end(self) -> tuple[int, str]:
+        """Store, and give the C-STORE status with its Error Comment."""
+        number = self._association.number
+        try:
+            return self._store()
         except Exception as error:
             # Whatever it was, the sender must be told that its copy is the only one.
-            log.error("C-STORE failed", error=plainly(error), number=association.number)
-            status, comment = PROCESSING_FAILURE, "not stored: internal error"
-        if event.assoc not in self._associations:
-            # Aborted by `stop` meanwhile: the assembly must not wait for it.
-            self._assembly.association_ended(association, "aborted")
-        return _answer(status, comment)
+            log.error("C-STORE failed", error=plainly(error), number=number)
+            return PROCESSING_FAILURE, "not stored: internal error"
+        finally:
+            self.drop()
+            if self._is_over():
+                # The assembly must not wait for what has ended.
+                self._assembly.association_ended(self._association, "aborted")
 
-    def _store(self, event: _Event, association: AssociationId) -> tuple[int, str]:
-        """Status and its Error Comment."""
-        request, transfer_syntax = event.request, str(event.context.transfer_syntax)
-        dataset: bytes = request.DataSet.getvalue()
+    def _store(self) -> tuple[int, str]:
+        number, request = self._association.number, self._request
         try:
-            header = read_header(dataset, transfer_syntax)
-            if mismatch := _mismatch(header, request, event.context.abstract_syntax):
-                log.warning("C-STORE refused", status="A900", reason=mismatch, number=association.number)
+            if self._part is None:
+                return self._refused(self._failed)
+            header = read_header(self._part.dataset(), request.transfer_syntax)
+            if mismatch := _mismatch(header, request):
+                mend = "the sender's object and request differ; its maker has to mend it"
+                log.warning("C-STORE refused", status="A900", reason=mismatch, number=number, mend=mend)
                 return MISMATCH, mismatch
-            stored = self._keep(header, transfer_syntax, association, dataset)
+            stored = self._part.keep(header.study_instance_uid, header.series_instance_uid, header.sop_instance_uid)
         except (HeaderError, InvalidUIDError) as error:
-            log.warning("C-STORE refused", status="C000", reason=str(error), number=association.number)
-            return CANNOT_UNDERSTAND, str(error)
-        except SpoolFullError as error:
-            self._assembly.refused(association, header)
-            log.error("C-STORE refused", status="A700", reason=str(error), sop_instance=header.sop_instance_uid)
-            return OUT_OF_RESOURCES, "out of disk space"
+            return self._refused(error)
         except OSError as error:
-            self._assembly.refused(association, header)
-            code = errno.errorcode.get(error.errno or 0, "unknown")
-            log.error("C-STORE failed", status="0110", error=code, sop_instance=header.sop_instance_uid)
-            return PROCESSING_FAILURE, "not stored: file system error"
-        self._assembly.received(association, header, stored)
+            if self._part is not None:
+                self._head += self._part.dataset()[:_HEAD]
+            return self._refused(error)
+        self._assembly.received(self._association, header, stored)
         if stored.outcome == "differs":
-            log.warning("kept instance has other content than the one sent", sop_instance=header.sop_instance_uid)
+            mend = "usually none; a corrected study needs UIDs of its own"
+            log.warning(
+                "kept instance has other content than the one sent", sop_instance=header.sop_instance_uid, mend=mend
+            )
             return COERCED, "instance known with other content; first one kept"
         return SUCCESS, ""
 
-    def _keep(self, header: InstanceHeader, transfer_syntax: str, association: AssociationId, dataset: bytes) -> Stored:
-        return self._spool.store(
-            study_uid=header.study_instance_uid,
-            series_uid=header.series_instance_uid,
-            sop_uid=header.sop_instance_uid,
-            sop_class_uid=header.sop_class_uid,
-            transfer_syntax_uid=transfer_syntax,
-            calling_ae=association.calling_ae,
-            called_ae=association.called_ae,
-            dataset=dataset,
-        )
+    def _refused(self, error: Exception | None) -> tuple[int, str]:
+        number = self._association.number
+        if isinstance(error, HeaderError | InvalidUIDError):
+            mend = "the sender's object is damaged or not DICOM; its maker has to mend it"
+            log.warning("C-STORE refused", status="C000", reason=str(error), number=number, mend=mend)
+            return CANNOT_UNDERSTAND, str(error)
+        with suppress(HeaderError):
+            header = read_header(self._head, self._request.transfer_syntax, whole=False)
+            self._assembly.refused(self._association, header)
+        if isinstance(error, SpoolFullError):
+            mend = "free space, or lower listener.disk_floor_mb; the sender has to send again"
+            log.error("C-STORE refused", status="A700", reason=str(error), number=number, mend=mend)
+            return OUT_OF_RESOURCES, "out of disk space"
+        code = errno.errorcode.get(getattr(error, "errno", None) or 0, "unknown")
+        mend = "look at the file system of the data folder; the sender has to send again"
+        log.error("C-STORE failed", status="0110", error=code, number=number, mend=mend)
+        return PROCESSING_FAILURE, "not stored: file system error"
 
 
 _KNOWN_STORAGE = frozenset(str(context.abstract_syntax) for context in AllStoragePresentationContexts)
@@ -382,11 +491,11 @@ def _on_common_negotiation(event: _Event) -> dict[UID, SOPClassCommonExtendedNeg
     return served
 
 
-def _mismatch(header: InstanceHeader, request: Any, abstract_syntax: str) -> str:
+def _mismatch(header: InstanceHeader, request: StoreRequest) -> str:
     """What of the data set is not what the request and its presentation context say; empty when all is."""
-    if header.sop_class_uid != request.AffectedSOPClassUID or header.sop_class_uid != abstract_syntax:
+    if header.sop_class_uid != request.sop_class_uid or header.sop_class_uid != request.abstract_syntax:
         return "SOP class of data set and request differ"
-    if header.sop_instance_uid != request.AffectedSOPInstanceUID:
+    if header.sop_instance_uid != request.sop_instance_uid:
         return "SOP instance of data set and request differ"
     return ""
 

@@ -1,6 +1,6 @@
 """Received instances, durable on disk: root/STUDY/SERIES/SOP.dcm.
 
-When `Spool.store` has returned, the bytes are under their final name and survive the loss of power: the file was
+When `Part.keep` has returned, the bytes are under their final name and survive the loss of power: the file was
 fsynced, then linked, then the folder was fsynced. A data set is kept as it was sent, never decoded and encoded again,
 behind a File Meta Information of our own (PS3.10 7.1). One process at a time receives into a spool; any may read it.
 """
@@ -8,6 +8,7 @@ behind a File Meta Information of our own (PS3.10 7.1). One process at a time re
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
 import re
@@ -17,7 +18,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Literal
 
 import structlog
@@ -41,6 +41,9 @@ _BLOCK = 1 << 20
 
 #: Folders whose way to the root is known to be on disk; forgotten at this number to bound memory.
 _KNOWN_FOLDERS = 4096
+
+#: Bytes of one instance between two looks at the free space.
+_CHECK_EVERY = 16 << 20
 
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
@@ -72,6 +75,112 @@ class SpooledInstance:
     called_ae: str
 
 
+class Part:
+    """An instance on its way in: a temporary file that is kept under its name in the end, or leaves nothing.
+
+    Memory does not grow with the instance. For one thread at a time.
+    """
+
+    def __init__(self, spool: Spool, path: Path, meta: bytes) -> None:
+        self._spool = spool
+        self._path = path
+        self._start = len(meta)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        #: Bytes of the data set so far.
+        self.size = -len(meta)
+        self._unchecked = 0
+        try:
+            self.write(meta)
+        except OSError:
+            self.drop()
+            raise
+
+    def write(self, fragment: bytes | bytearray | memoryview) -> None:
+        """Append bytes of the data set.
+
+        Raises
+        ------
+        SpoolFullError
+            The floor is reached or the filesystem is full.
+        OSError
+            The filesystem failed otherwise.
+        """
+        self._unchecked += len(fragment)
+        if self._unchecked >= _CHECK_EVERY:
+            self._unchecked = 0
+            self._spool.require_room()
+        rest = memoryview(fragment)
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+        except OSError as error:
+            raise _full(error) from error
+        self.size += len(fragment)
+
+    def dataset(self) -> memoryview:
+        """The data set as far as it was written: mapped, so that only what is looked at is read."""
+        if not self.size:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(self._file, 0, access=mmap.ACCESS_READ))[self._start :]
+
+    def keep(self, study_uid: str, series_uid: str, sop_uid: str) -> Stored:
+        """Give the instance its name; durable when this returns.
+
+        Safe to call from several threads, each with a part of its own, also for one and the same instance. What is
+        kept is never overwritten.
+
+        Raises
+        ------
+        InvalidUIDError
+            A UID is not digits and dots, or too long: it could not be a path, nor be sent on.
+        SpoolFullError
+            The filesystem is full.
+        OSError
+            The filesystem failed otherwise. Nothing is left behind after any of the three.
+        """
+        try:
+            path = self._spool.folder(study_uid, series_uid) / f"{_valid(sop_uid)}.dcm"
+            if path.exists():
+                return self._kept(path)
+            self._spool.ensure(path.parent)
+            os.fsync(self._file)
+            try:
+                os.link(self._path, path)
+            except FileExistsError:
+                return self._kept(path)
+            _fsync_folder(path.parent)
+            return Stored(path, "new")
+        except OSError as error:
+            raise _full(error) from error
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Leave nothing behind. May be called twice, and after `keep`."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            self._path.unlink(missing_ok=True)
+
+    def _kept(self, path: Path) -> Stored:
+        """Compare with what is kept. Another thread may have linked it just now, so its names are brought to disk."""
+        same = self._same_as(path)
+        self._spool.ensure(path.parent)
+        _fsync_folder(path.parent)
+        return Stored(path, "same" if same else "differs")
+
+    def _same_as(self, path: Path) -> bool:
+        with path.open("rb") as file:
+            at, mine = _dataset_start(file.read(_META_START)), self._start
+            if os.fstat(file.fileno()).st_size - at != self.size:
+                return False
+            while block := os.pread(self._file, _BLOCK, mine):
+                if os.pread(file.fileno(), len(block), at) != block:
+                    return False
+                at, mine = at + len(block), mine + len(block)
+        return True
+
+
 class Spool:
     """The folder of received instances.
 
@@ -87,6 +196,7 @@ class Spool:
         self.root = root
         self._floor = floor_bytes
         self._incoming = root / "incoming"
+        self._numbers = itertools.count(1)
         self._known: set[Path] = set()
         self._folders = threading.Lock()
         self._incoming.mkdir(parents=True, exist_ok=True)
@@ -95,58 +205,36 @@ class Spool:
         _fsync_folder(root)
         _fsync_folder(root.parent)
 
-    def store(
-        self,
-        *,
-        study_uid: str,
-        series_uid: str,
-        sop_uid: str,
-        sop_class_uid: str,
-        transfer_syntax_uid: str,
-        calling_ae: str,
-        called_ae: str,
-        dataset: bytes | bytearray | memoryview,
-    ) -> Stored:
-        """Keep an encoded data set; durable when this returns.
-
-        Safe to call from several threads, also for one and the same instance. What is kept is never overwritten.
+    def begin(
+        self, *, sop_uid: str, sop_class_uid: str, transfer_syntax_uid: str, calling_ae: str, called_ae: str
+    ) -> Part:
+        """Begin to receive an instance.
 
         Raises
         ------
         InvalidUIDError
-            A UID is not digits and dots, or too long: it could not be a path, nor be sent on.
+            A UID is not digits and dots, or too long.
         SpoolFullError
-            Less than the floor would be left, or the filesystem is full; nothing is left behind.
+            Less than the floor is free, or the filesystem is full.
         OSError
-            The filesystem failed otherwise; nothing is left behind.
+            The filesystem failed otherwise. Nothing is left behind after any of the three.
         """
-        folder = self._folder(study_uid, series_uid)
-        path = folder / f"{_valid(sop_uid)}.dcm"
         meta = file_meta(sop_class_uid, sop_uid, transfer_syntax_uid, calling_ae, called_ae)
-        if path.exists():
-            return self._kept(path, dataset)
-        if shutil.disk_usage(self.root).free - len(dataset) < self._floor:
-            raise SpoolFullError(errno.ENOSPC, "less than the configured floor of free space is left")
+        self.require_room()
         try:
-            self._ensure(folder)
-            temporary = self._write(meta, dataset)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return self._kept(path, dataset)
-            finally:
-                temporary.unlink()
-            _fsync_folder(folder)
+            return Part(self, self._incoming / f"{next(self._numbers)}.part", meta)
         except OSError as error:
-            if error.errno in _FULL:
-                raise SpoolFullError(error.errno, "no space left for the instance") from error
-            raise
-        return Stored(path, "new")
+            raise _full(error) from error
+
+    def require_room(self, share: float = 1.0) -> None:
+        """Raise `SpoolFullError` when less than this share of the floor is free."""
+        if shutil.disk_usage(self.root).free < self._floor * share:
+            raise SpoolFullError(errno.ENOSPC, "less than the configured floor of free space is left")
 
     def series(self, study_uid: str, series_uid: str) -> list[SpooledInstance]:
         """Instances kept of one series, by file name; files that cannot be read are logged and left out."""
         found = []
-        for path in sorted(self._folder(study_uid, series_uid).glob("*.dcm")):
+        for path in sorted(self.folder(study_uid, series_uid).glob("*.dcm")):
             try:
                 found.append(_read(path))
             except (OSError, ValueError, struct.error) as error:
@@ -159,26 +247,12 @@ class Spool:
             if UID.match(study.name):
                 yield from ((study.name, series.name) for series in sorted(study.iterdir()) if UID.match(series.name))
 
-    def _folder(self, study_uid: str, series_uid: str) -> Path:
+    def folder(self, study_uid: str, series_uid: str) -> Path:
+        """Where instances of a series are kept; raises `InvalidUIDError` for what is no UID."""
         return self.root / _valid(study_uid) / _valid(series_uid)
 
-    def _write(self, meta: bytes, dataset: bytes | bytearray | memoryview) -> Path:
-        """A temporary file with the instance, its bytes on disk."""
-        with NamedTemporaryFile(dir=self._incoming, suffix=".part", delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                file.write(meta)
-                file.write(dataset)
-                file.flush()
-                os.fchmod(file.fileno(), 0o640)
-                os.fsync(file.fileno())
-            except BaseException:
-                temporary.unlink()
-                raise
-        return temporary
-
-    def _ensure(self, folder: Path) -> None:
-        """Make the series folder; the names that lead to it are on disk when this returns."""
+    def ensure(self, folder: Path) -> None:
+        """Make a series folder; the names that lead to it are on disk when this returns."""
         with self._folders:
             if folder in self._known and folder.is_dir():
                 return
@@ -188,13 +262,6 @@ class Spool:
             if len(self._known) >= _KNOWN_FOLDERS:
                 self._known.clear()
             self._known.add(folder)
-
-    def _kept(self, path: Path, dataset: bytes | bytearray | memoryview) -> Stored:
-        """Compare with what is kept. Another thread may have linked it just now, so its names are brought to disk."""
-        same = _same_dataset(path, dataset)
-        self._ensure(path.parent)
-        _fsync_folder(path.parent)
-        return Stored(path, "same" if same else "differs")
 
 
 def file_meta(
@@ -241,22 +308,12 @@ def _valid(uid: str) -> str:
     return uid
 
 
-def _same_dataset(path: Path, dataset: bytes | bytearray | memoryview) -> bool:
-    with path.open("rb") as file:
-        start = _dataset_start(file.read(_META_START))
-        if os.fstat(file.fileno()).st_size - start != len(dataset):
-            return False
-        file.seek(start)
-        view = memoryview(dataset)
-        return all(file.read(_BLOCK) == view[at : at + _BLOCK] for at in range(0, len(view), _BLOCK))
-
-
 def _dataset_start(head: bytes | mmap.mmap) -> int:
     return _META_START + int(struct.unpack_from("<L", head, _META_START - 4)[0])
 
 
 def _read(path: Path) -> SpooledInstance:
-    """Header and sender of a file that `Spool.store` wrote."""
+    """Header and sender of a file that a `Part` became."""
     with path.open("rb") as file:
         # Mapped, not read: the walk stops at the pixel data, so only the first pages come from disk.
         raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -273,6 +330,13 @@ def _read(path: Path) -> SpooledInstance:
         at += length
     header = read_header(memoryview(raw)[start:], meta.get(0x0010, ""))
     return SpooledInstance(header, path, meta.get(0x0016, ""), meta.get(0x0018, ""))
+
+
+def _full(error: OSError) -> OSError:
+    """The error as `SpoolFullError` where it says that there is no room."""
+    if error.errno in _FULL and not isinstance(error, SpoolFullError):
+        return SpoolFullError(error.errno, "no space left for the instance")
+    return error
 
 
 def _fsync_folder(folder: Path) -> None:

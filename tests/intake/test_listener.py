@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,6 +35,7 @@ from pynetdicom.association import Association
 from node.intake.assembly import Assembly, ClosedSeries
 from node.intake.listener import TRANSFER_SYNTAXES, Listener, ListenerOptions
 from node.intake.spool import Spool
+from node.intake.transport import DIRECT, STOCK
 
 #: A peer that goes away may leave pynetdicom a socket that nobody closes; Python closes it, and warns.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in.*socket:pytest.PytestUnraisableExceptionWarning")
@@ -64,12 +66,12 @@ class Node:
         return self.closed[-1]
 
 
-@pytest.fixture
-def node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
+@pytest.fixture(params=[DIRECT, STOCK])
+def node(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Node]]:
     nodes: list[Node] = []
 
     def start(**options: Any) -> Node:
-        nodes.append(Node(tmp_path, **options))
+        nodes.append(Node(tmp_path, transport=request.param, **options))
         return nodes[-1]
 
     yield start
@@ -250,9 +252,13 @@ def test_other_content_under_a_known_uid_is_a_warning_and_the_first_is_kept(node
     assert list(one.kept().values()) == [first]
 
 
-def test_a_full_disk_and_a_broken_one(node: Callable[..., Node]) -> None:
-    full = node(floor_bytes=1 << 60)
-    assert status(full, dataset(0)).Status == 0xA700
+@pytest.mark.peer
+def test_a_full_disk_and_a_broken_one(node: Callable[..., Node], tmp_path: Path) -> None:
+    full = node(floor_bytes=int(shutil.disk_usage(tmp_path).free * 1.5))
+    answer = status(full, dataset(0))
+    assert (answer.Status, answer.ErrorComment) == (0xA700, "out of disk space")
+    assert full.assembly.open_series == 1  # which lacks the one that was refused
+    assert "Temporary Congestion" in dcmtk("echoscu", node(floor_bytes=1 << 60))
     (full.spool.root / "1.9").write_text("in the way")
     fine = node()
     assert status(fine, _with(dataset(0), StudyInstanceUID="1.9")).Status == 0x0110

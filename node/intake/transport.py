@@ -1,0 +1,673 @@
+"""How bytes come from the network: pynetdicom with its waiting and its C-STORE path replaced, or pynetdicom as it is.
+
+`DIRECT` keeps pynetdicom's state machine (PS3.8 9.2) and negotiation, and changes three things through the hooks that
+it has for that, `AE.make_server` with a server and a request handler of one's own:
+
+- Threads wait for the socket instead of sleeping a millisecond at a time, so that an idle association costs nothing.
+- The fragments of a C-STORE go straight from the socket's buffer to whoever takes the instance, in the thread that
+  read them: no object a PDU, no copy, and memory that does not grow with the instance.
+- A connection gets threads only when its whole A-ASSOCIATE-RQ has come, so that probes, silence and slow writers cost
+  a socket, and are bounded.
+
+`STOCK` is pynetdicom unchanged, to fall back to should a peer not get on with `DIRECT`: a fifth as fast, and an instance
+is held in memory while it comes in. The underscored names that are used here are why pynetdicom is held to 3.0.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import queue
+import select
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
+
+import structlog
+from pynetdicom import AE
+from pynetdicom.association import Association
+from pynetdicom.dimse import DIMSEServiceProvider
+from pynetdicom.dul import DULServiceProvider
+from pynetdicom.pdu_primitives import P_DATA
+from pynetdicom.presentation import PresentationContext
+from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHandler, ThreadedAssociationServer
+
+log = structlog.stdlib.get_logger(__name__)
+
+Transport = Literal["direct", "stock"]
+DIRECT: Final = "direct"
+STOCK: Final = "stock"
+
+#: Bytes; the largest P-DATA-TF variable field that we take, and the largest that DCMTK sends. Larger brings nothing.
+MAXIMUM_PDU: Final = 128 * 1024
+
+#: Bytes of an A-ASSOCIATE-RQ. 128 presentation contexts with 40 transfer syntaxes each make some 160 KB.
+MAXIMUM_REQUEST: Final = 1 << 20
+
+#: Bytes of a command set, and of a data set that goes with another request than C-STORE; real ones are kilobytes.
+MAXIMUM_COMMAND: Final = 1 << 20
+
+#: Connections that have not yet asked for an association. One more closes the oldest: who means it asks at once.
+PORCH: Final = 256
+
+#: Seconds after which a wait looks round again though nothing happened; nothing depends on it.
+_LOOK_ROUND_S: Final = 1.0
+
+#: Seconds that a peer has to close the connection after a release or an abort.
+_LINGER_S: Final = 1.0
+
+#: Seconds between two log lines about connections that never ask for an association.
+_TELL_EVERY_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreRequest:
+    """A C-STORE-RQ, with what was negotiated for its data set."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    abstract_syntax: str
+    transfer_syntax: str
+
+
+class Incoming(Protocol):
+    """Takes the data set of one C-STORE; none of its methods raises."""
+
+    def write(self, fragment: memoryview) -> None:
+        """Take the next bytes, which are gone when this returns."""
+
+    def end(self) -> tuple[int, str]:
+        """The data set is whole: C-STORE status and Error Comment to answer."""
+
+    def drop(self) -> None:
+        """No more will come, and nobody waits for an answer."""
+
+
+Begin = Callable[[Association, StoreRequest], Incoming]
+
+
+def serve(
+    ae: AE,
+    address: tuple[str, int],
+    contexts: list[PresentationContext],
+    handlers: Sequence[tuple[Any, ...]],
+    transport: Transport,
+    begin: Begin,
+) -> AssociationServer:
+    """Listen from a thread of its own; `begin` is called for each C-STORE that comes by `DIRECT`.
+
+    Raises
+    ------
+    OSError
+        The address or port cannot be had.
+    """
+    if transport == STOCK:
+        server = ae.start_server(address, block=False, evt_handlers=list(handlers), contexts=contexts)
+        assert isinstance(server, ThreadedAssociationServer)
+        return server
+    direct = ae.make_server(
+        address,
+        contexts=contexts,
+        evt_handlers=list(handlers),
+        server_class=_Server,
+        request_handler=_Handler,
+        begin=begin,
+    )
+    threading.Thread(target=direct.serve_forever, name="listener", daemon=True).start()
+    return direct
+
+
+def amid_instance(association: Association) -> bool:
+    """Whether an instance has begun to come and is not whole."""
+    dul = association.dul
+    return association.dimse.message is not None or (isinstance(dul, _Reactor) and dul.incoming is not None)
+
+
+class _Invalid(Exception):  # noqa: N818 - what a PDU is
+    """A PDU that breaks PS3.8 or what was negotiated; the message says how."""
+
+
+@dataclass(eq=False)
+class _Caller:
+    """A connection that has not yet asked for an association."""
+
+    connection: socket.socket
+    address: Any
+    since: float = field(default_factory=time.monotonic)
+    received: bytearray = field(default_factory=bytearray)
+
+
+class _Server(AssociationServer):
+    """Accepts connections, and makes an association of each whose A-ASSOCIATE-RQ has come whole."""
+
+    request_queue_size = 256
+
+    def __init__(self, *arguments: Any, begin: Begin, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.begin = begin
+        self._bell, self._rope = socket.socketpair()
+        self._stopping = False
+        self._stopped = threading.Event()
+        self._porch: dict[socket.socket, _Caller] = {}
+        self._told_at = -_TELL_EVERY_S
+        self._turned_away = 0
+
+    def serve_forever(self, poll_interval: float = _LOOK_ROUND_S) -> None:
+        """Until `shutdown`."""
+        try:
+            with selectors.DefaultSelector() as selector:
+                self._selector = selector
+                self.socket.setblocking(False)
+                selector.register(self.socket, selectors.EVENT_READ)
+                selector.register(self._bell, selectors.EVENT_READ)
+                while not self._stopping:
+                    for key, _ in selector.select(poll_interval):
+                        if key.fileobj is self.socket:
+                            self._accept()
+                        elif key.fileobj is not self._bell and key.fileobj in self._porch:
+                            self._hear(self._porch[key.fileobj])
+                    self._close_silent()
+                for caller in list(self._porch.values()):
+                    self._close(caller)
+        finally:
+            self._stopped.set()
+
+    def shutdown(self) -> None:
+        """Accept nothing more; associations go on."""
+        self._stopping = True
+        self._rope.send(b"\0")
+        self._stopped.wait()
+        self.server_close()
+        self._bell.close()
+        self._rope.close()
+
+    def _accept(self) -> None:
+        # A burst is taken in bits, so that those who are in are heard meanwhile.
+        for _ in range(64):
+            try:
+                connection, address = self.get_request()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    return  # the peer is gone again
+                self._turn_away("no file descriptor is left")
+                if not self._porch:
+                    time.sleep(0.1)  # all are associations, which need theirs
+                    return
+                continue
+            connection.setblocking(False)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if len(self._porch) >= PORCH:
+                self._turn_away("too many connections that ask for no association")
+            self._porch[connection] = _Caller(connection, address)
+            self._selector.register(connection, selectors.EVENT_READ)
+
+    def _hear(self, caller: _Caller) -> None:
+        try:
+            heard = caller.connection.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            heard = b""
+        if not heard:
+            self._close(caller)  # a probe: connected, and that was it
+            return
+        caller.received += heard
+        if len(caller.received) < _HEAD.size:
+            return
+        kind, _, length = _HEAD.unpack_from(caller.received)
+        if kind != _ASSOCIATE_RQ or length > MAXIMUM_REQUEST:
+            with suppress(OSError):
+                caller.connection.send(_ABORT_UNEXPECTED)
+            self._close(caller)
+            self._tell("what came is no DICOM association request")
+        elif len(caller.received) >= _HEAD.size + length:
+            self._leave(caller)
+            self._associate(caller)
+
+    def _associate(self, caller: _Caller) -> None:
+        try:
+            _Handler(caller.connection, caller.address, self, bytes(caller.received))
+        except Exception as error:  # such as no more threads; one connection must not end the others
+            log.error("a connection was closed", error=type(error).__name__)
+            self.shutdown_request(caller.connection)
+
+    def _close_silent(self) -> None:
+        timeout = self.ae.acse_timeout
+        # In order of arrival, so that the first who is in time ends it.
+        for caller in list(itertools.takewhile(lambda c: time.monotonic() - c.since > timeout, self._porch.values())):
+            self._close(caller)
+            self._tell(f"no association request came within {timeout:g} s")
+
+    def _turn_away(self, reason: str) -> None:
+        if self._porch:
+            self._close(next(iter(self._porch.values())))
+        self._tell(reason)
+
+    def _tell(self, reason: str) -> None:
+        """One line for many: what comes here is not known to be anybody's."""
+        self._turned_away += 1
+        if (now := time.monotonic()) - self._told_at >= _TELL_EVERY_S:
+            mend = "let only DICOM peers reach this port; health checks should send C-ECHO, or connect and close"
+            log.warning("connection closed", reason=reason, count=self._turned_away, mend=mend)
+            self._told_at, self._turned_away = now, 0
+
+    def _close(self, caller: _Caller) -> None:
+        self._leave(caller)
+        self.shutdown_request(caller.connection)
+
+    def _leave(self, caller: _Caller) -> None:
+        self._selector.unregister(caller.connection)
+        del self._porch[caller.connection]
+
+
+class _Handler(RequestHandler):
+    """Makes an association of a connection, with providers that wait instead of polling."""
+
+    def __init__(self, request: socket.socket, client_address: Any, server: _Server, received: bytes) -> None:
+        self._received = received
+        super().__init__(request, client_address, server)
+
+    def _create_association(self) -> Association:
+        association: Association = super()._create_association()
+        association.dul = _Reactor(association, self.server.begin)
+        # Both setters pass the value on to the provider's timers.
+        association.network_timeout = association.network_timeout
+        association.acse_timeout = association.acse_timeout
+        association.dimse = _Messages(association)
+        association.set_socket(_Socket(association, self.request, self._received))
+        return association
+
+
+class _Socket(AssociationSocket):
+    """A socket with a buffer, that is ready when a whole PDU has come."""
+
+    #: Two of the largest PDUs.
+    _ROOM = 2 * (MAXIMUM_PDU + 16)
+
+    def __init__(self, association: Association, connection: socket.socket, received: bytes) -> None:
+        self._bell, self._rope = socket.socketpair()
+        for end in (self._bell, self._rope):
+            end.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
+        self._poll.register(self._bell, select.POLLIN)
+        self._buffer = memoryview(bytearray(max(self._ROOM, len(received))))
+        self._buffer[: len(received)] = received
+        self._at, self._end = 0, len(received)
+        #: Since when a PDU has been coming that is not whole.
+        self._since = time.monotonic()
+        self.ended = False
+        super().__init__(association, client_socket=connection)
+
+    def wake(self) -> None:
+        """End a wait in `ready`, now or to come; from any thread."""
+        with suppress(OSError):
+            self._rope.send(b"\0")
+
+    @property
+    def ready(self) -> bool:
+        """Wait for a whole PDU or the end of the stream. False when woken, or when it is time to look round."""
+        while self.socket is not None and self._is_connected:
+            if self.ended or self.head() is not None:
+                return True
+            if self._at and self._end == len(self._buffer) or self._at == self._end:
+                self._buffer[: self._end - self._at] = self._buffer[self._at : self._end]
+                self._at, self._end = 0, self._end - self._at
+            try:
+                count = self.socket.recv_into(self._buffer[self._end :])
+            except BlockingIOError:
+                if not self._wait():
+                    return self.ended
+            except OSError:
+                self.ended = True
+            else:
+                if self._at == self._end:
+                    self._since = time.monotonic()
+                self._end += count
+                self.ended = not count
+        return False
+
+    def head(self) -> tuple[int, int] | None:
+        """Type and length of the PDU that is next, when it has come whole or is longer than may be."""
+        if self._end - self._at < _HEAD.size:
+            return None
+        kind, _, length = _HEAD.unpack_from(self._buffer, self._at)
+        whole = self._end - self._at >= _HEAD.size + length or length > MAXIMUM_PDU
+        return (kind, length) if whole else None
+
+    def take(self, count: int) -> memoryview:
+        """The next bytes, valid until the next call of `ready`."""
+        taken = self._buffer[self._at : min(self._at + count, self._end)]
+        self._at += len(taken)
+        self._since = time.monotonic()
+        return taken
+
+    def recv(self, nr_bytes: int) -> bytearray:
+        """The next bytes; fewer when the stream has ended."""
+        return bytearray(self.take(nr_bytes))
+
+    def send(self, bytestream: bytes) -> None:
+        """Send all, waiting for the peer to take it for as long as the network timeout."""
+        rest = memoryview(bytestream)
+        try:
+            while rest and self.socket is not None:
+                try:
+                    rest = rest[self.socket.send(rest) :]
+                except BlockingIOError:
+                    taken = select.poll()
+                    taken.register(self.socket, select.POLLOUT)
+                    if not taken.poll((self.assoc.network_timeout or 60.0) * 1000):
+                        raise TimeoutError from None
+        except (OSError, ValueError):
+            self.event_queue.put("Evt17")
+
+    def linger(self) -> None:
+        """Discard what still comes until the peer closes: closing first could take from it what it has not yet read."""
+        until = time.monotonic() + _LINGER_S
+        with suppress(OSError):
+            while self.socket is not None and not self.ended and (left := until - time.monotonic()) > 0:
+                if self._poll.poll(left * 1000):
+                    with suppress(BlockingIOError):
+                        self._bell.recv(64)
+                    with suppress(BlockingIOError):
+                        self.ended = not self.socket.recv_into(self._buffer)
+
+    def free(self) -> None:
+        """Let the file descriptors go; the reactor has ended."""
+        self._shutdown_socket()
+        for end in (self._bell, self._rope):
+            end.close()
+
+    def _wait(self) -> bool:
+        """Whether there is something to be read."""
+        wait = _LOOK_ROUND_S
+        if self._end > self._at:
+            # A PDU that has begun must come to its end: one that comes byte by byte would stay for ever.
+            wait = min(wait, self._since + (self.assoc.network_timeout or 60.0) - time.monotonic())
+            if wait <= 0:
+                log.warning(
+                    "association closed",
+                    reason="a PDU was begun and not sent to its end",
+                    mend="look at the sender and the network between",
+                )
+                self.ended = True
+                return False
+        ready = [descriptor for descriptor, _ in self._poll.poll(wait * 1000)]
+        if self._bell.fileno() in ready:
+            with suppress(BlockingIOError):
+                self._bell.recv(64)
+            return False
+        return bool(ready)
+
+    def _shutdown_socket(self) -> None:
+        connection = self.socket
+        if connection is not None:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+
+class _Reactor(DULServiceProvider):
+    """The DUL service provider; what comes as P-DATA is taken here and not by the state machine."""
+
+    socket: _Socket | None
+
+    def __init__(self, association: Association, begin: Begin) -> None:
+        super().__init__(association)
+        self._run_loop_delay = 0
+        self.daemon = True
+        self._begin = begin
+        #: Rung for the association's thread: something is there for it.
+        self.bell = threading.Event()
+        self.to_user_queue = _BellQueue(self.bell)
+        self.incoming: Incoming | None = None
+        self._request: _Elements = {}
+        #: The presentation context of the message that is coming.
+        self._context_id: int | None = None
+        self._command = bytearray()
+        #: Bytes of the data set of a message that pynetdicom takes; None while none is due.
+        self._other: int | None = None
+        self._storing = False
+
+    def run_reactor(self) -> None:
+        """Until the connection has ended."""
+        try:
+            super().run_reactor()
+        except Exception as error:
+            # An event that the state machine does not know in its state: the peer broke the protocol.
+            log.warning("association ended", reason="protocol error", error=type(error).__name__)
+            self.assoc.is_established = False
+            self.assoc._kill = True
+        finally:
+            if self.incoming is not None:
+                self.incoming.drop()
+                self.incoming = None
+            if self.socket is not None:
+                self.socket.free()
+            self.bell.set()
+
+    def send_pdu(self, primitive: Any) -> None:
+        """Give a primitive to the reactor, and wake it."""
+        super().send_pdu(primitive)
+        if self.socket is not None and threading.current_thread() is not self:
+            self.socket.wake()
+
+    def kill_dul(self) -> None:
+        """End the reactor."""
+        super().kill_dul()
+        if self.socket is not None:
+            self.socket.wake()
+        self.bell.set()
+
+    def idle_timer_expired(self) -> bool:
+        """Whether the peer has been silent for too long; time that we take to store is not the peer's."""
+        return not self._storing and bool(super().idle_timer_expired())
+
+    def _is_transport_event(self) -> bool:
+        if self.state_machine.current_state == "Sta13" and self.socket is not None:
+            self.socket.linger()
+            self.socket.close()
+            return True
+        if not self.event_queue.empty():
+            return False
+        return bool(super()._is_transport_event())
+
+    def _read_pdu_data(self) -> None:
+        """Take all the P-DATA-TF PDUs that are here; leave every other PDU to pynetdicom."""
+        connection = self.socket
+        assert connection is not None
+        while (head := connection.head()) is not None:
+            kind, length = head
+            if length > MAXIMUM_PDU and kind != _ASSOCIATE_RQ:  # whose length the server has checked
+                limit = f"a PDU of type {kind} is longer than {MAXIMUM_PDU} bytes"
+                return self._refuse(limit, "the sender ignores the maximum length that was negotiated")
+            if kind != _P_DATA_TF or self.state_machine.current_state != "Sta6":
+                break
+            try:
+                self._take(connection.take(_HEAD.size + length)[_HEAD.size :])
+            except _Invalid as fault:
+                return self._refuse(str(fault), "a fault of the sender; its maker has to mend it")
+            except Exception as error:  # a command set that pynetdicom cannot decode
+                return self._refuse("a command set cannot be decoded", f"a fault of the sender ({type(error).__name__})")
+            if not self.to_provider_queue.empty():
+                return None
+        else:
+            if not connection.ended:
+                return None
+        return super()._read_pdu_data()
+
+    def _refuse(self, reason: str, mend: str) -> None:
+        """Abort the association (AA-8, PS3.8 table 9-10)."""
+        log.warning("association aborted", calling_ae=self.assoc.requestor.ae_title, reason=reason, mend=mend)
+        self.event_queue.put("Evt19")
+
+    def _take(self, pdu: memoryview) -> None:
+        """Presentation data values (PS3.8 9.3.5.1), each a fragment of a command or of its data set (annex E.2)."""
+        at = 0
+        while at < len(pdu):
+            if len(pdu) - at < _PDV.size:
+                raise _Invalid("a PDU ends within the head of a presentation data value")
+            length, context_id, control = _PDV.unpack_from(pdu, at)
+            if length < 2 or at + 4 + length > len(pdu):
+                raise _Invalid("a presentation data value is longer than its PDU, or has no head")
+            fragment, last = pdu[at + _PDV.size : at + 4 + length], bool(control & 2)
+            at += 4 + length
+            if self._context_id is None:
+                self._context_id = context_id
+            if context_id != self._context_id:
+                raise _Invalid("a message changes its presentation context")
+            if control & 1:
+                self._take_command(fragment, last)
+            elif self.incoming is not None:
+                self._take_instance(self.incoming, fragment, last)
+            elif self._other is not None:
+                self._take_other(fragment, last)
+            else:
+                raise _Invalid("a data set comes without a command")
+
+    def _take_command(self, fragment: memoryview, last: bool) -> None:
+        if self.incoming is not None or self._other is not None:
+            raise _Invalid("a command comes before the end of the data set of the one before")
+        self._command += fragment
+        if len(self._command) > MAXIMUM_COMMAND:
+            raise _Invalid("a command set is too long")
+        if not last:
+            return
+        command, self._command = bytes(self._command), bytearray()
+        elements = _elements(command)
+        has_data = elements.get(_DATA_SET_TYPE, b"") != _NO_DATA_SET
+        if elements.get(_COMMAND_FIELD) == _C_STORE_RQ:
+            context = self.assoc._accepted_cx.get(self._context_id)
+            if context is None:
+                raise _Invalid("the presentation context is not one that was accepted")
+            self._request = elements
+            request = StoreRequest(
+                _uid(elements, _SOP_CLASS),
+                _uid(elements, _SOP_INSTANCE),
+                str(context.abstract_syntax),
+                str(context.transfer_syntax[0]),
+            )
+            self.incoming = self._begin(self.assoc, request)
+            if not has_data:
+                self._take_instance(self.incoming, memoryview(b""), True)
+            return
+        self._other = 0 if has_data else None
+        self._give(3, command)
+        if not has_data:
+            self._context_id = None
+
+    def _take_instance(self, incoming: Incoming, fragment: memoryview, last: bool) -> None:
+        incoming.write(fragment)
+        if not last:
+            return
+        self._storing = True
+        try:
+            status, comment = incoming.end()
+        finally:
+            self.incoming = None
+            self._idle_timer.restart()
+            self._storing = False
+        assert self.socket is not None
+        assert self._context_id is not None
+        self.socket.send(_store_response(self._context_id, self._request, status, comment))
+        self._context_id = None
+
+    def _take_other(self, fragment: memoryview, last: bool) -> None:
+        """The data set of a request that pynetdicom serves."""
+        self._other = (self._other or 0) + len(fragment)
+        if self._other > MAXIMUM_COMMAND:
+            raise _Invalid("the data set of a request other than C-STORE is too long")
+        self._give(2 if last else 0, bytes(fragment))
+        if last:
+            self._other = self._context_id = None
+
+    def _give(self, control: int, fragment: bytes) -> None:
+        primitive = P_DATA()
+        primitive.presentation_data_value_list = [[self._context_id, bytes((control,)) + fragment]]
+        self.assoc.dimse.receive_primitive(primitive)
+
+
+class _BellQueue(queue.Queue[Any]):
+    """A queue that says when something is put into it."""
+
+    def __init__(self, bell: threading.Event) -> None:
+        super().__init__()
+        self._bell = bell
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        """Put, and ring."""
+        super().put(item, block, timeout)
+        self._bell.set()
+
+
+class _Messages(DIMSEServiceProvider):
+    """The DIMSE service provider; the association's thread, which asks it for messages, waits here."""
+
+    def __init__(self, association: Association) -> None:
+        super().__init__(association)
+        self.msg_queue = _BellQueue(association.dul.bell)
+
+    def get_msg(self, block: bool = False) -> Any:
+        """The next message, if any, once something has happened that the association's thread must look at."""
+        if not block:
+            self.dul.bell.wait(_LOOK_ROUND_S)
+            self.dul.bell.clear()
+        return super().get_msg(block)
+
+
+#: PDU type, reserved, length of what follows (PS3.8 9.3.1).
+_HEAD = struct.Struct(">BBL")
+#: Item length, presentation context ID, message control header (PS3.8 9.3.5.1, E.2).
+_PDV = struct.Struct(">LBB")
+_ASSOCIATE_RQ, _P_DATA_TF = 0x01, 0x04
+#: A-ABORT by the service provider, unexpected PDU (PS3.8 table 9-26).
+_ABORT_UNEXPECTED = b"\x07\0\0\0\0\x04\0\0\x02\x02"
+
+_Elements = dict[int, bytes]
+#: Elements of group 0000 (PS3.7 9.3.1).
+_SOP_CLASS, _COMMAND_FIELD, _MESSAGE_ID, _REPLY_TO, _DATA_SET_TYPE = 0x0002, 0x0100, 0x0110, 0x0120, 0x0800
+_STATUS, _ERROR_COMMENT, _SOP_INSTANCE = 0x0900, 0x0902, 0x1000
+_C_STORE_RQ, _C_STORE_RSP, _NO_DATA_SET = b"\x01\0", b"\x01\x80", b"\x01\x01"
+
+
+def _elements(command: bytes) -> _Elements:
+    """Elements of a command set, which is Implicit VR Little Endian (PS3.7 6.3.1)."""
+    found, at = {}, 0
+    while at < len(command):
+        if len(command) - at < 8:
+            raise _Invalid("a command set ends within an element")
+        group, element, length = struct.unpack_from("<HHL", command, at)
+        if group or at + 8 + length > len(command):
+            raise _Invalid("a command set holds something that is no command element")
+        found[element] = command[at + 8 : at + 8 + length]
+        at += 8 + length
+    return found
+
+
+def _uid(elements: _Elements, element: int) -> str:
+    return elements.get(element, b"").decode("ascii", "replace").rstrip("\0 ")
+
+
+def _store_response(context_id: int, request: _Elements, status: int, comment: str) -> bytes:
+    """A C-STORE-RSP (PS3.7 9.3.1.2) in a P-DATA-TF PDU of its own."""
+    text = comment.encode("ascii", "replace")[:64]  # VR LO
+    elements = {
+        _SOP_CLASS: request.get(_SOP_CLASS, b""),
+        _COMMAND_FIELD: _C_STORE_RSP,
+        _REPLY_TO: request.get(_MESSAGE_ID, b"\0\0"),
+        _DATA_SET_TYPE: _NO_DATA_SET,
+        _STATUS: struct.pack("<H", status),
+        **({_ERROR_COMMENT: text + b" " * (len(text) % 2)} if text else {}),
+        _SOP_INSTANCE: request.get(_SOP_INSTANCE, b""),
+    }
+    body = b"".join(struct.pack("<HHL", 0, n, len(value)) + value for n, value in elements.items())
+    body = struct.pack("<HHLL", 0, 0, 4, len(body)) + body
+    return _HEAD.pack(_P_DATA_TF, 0, len(body) + _PDV.size) + _PDV.pack(len(body) + 2, context_id, 3) + body
