@@ -3,9 +3,9 @@
     python benchmarks/intake.py [--runs N] [--slices N] [--large MB] [--json]
 
 DCMTK's storescu sends slices of 525 KB over 1, 4 and 8 associations at once. Each run gives every receiver the same
-series under UIDs that it has not seen; figures are medians over the runs. TCP_NODELAY=1 is set for all: without it DCMTK,
-and Orthanc with it, wait 45 ms an object on Nagle's algorithm. Of the receivers only lungnode syncs files to disk before
-it answers; 'no fsync' is lungnode with that taken out, to compare like with like.
+series under UIDs that it has not seen; figures are medians over the runs. TCP_NODELAY=1 is set for all: without it
+DCMTK, and Orthanc with it, wait 45 ms an object on Nagle's algorithm. Of the receivers only lungnode syncs files to
+disk before it answers; 'no fsync' is lungnode with that taken out, to compare like with like.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "tests" / part) for part in ("", "intake")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "intake"))
 
 import psutil
 from conftest import free_port, running_orthanc, tool, wait_for
@@ -271,7 +272,9 @@ def large_object(receivers: list[Receiver], folder: Path, megabytes: int) -> dic
 
 
 def show(result: dict[str, Any]) -> None:
-    title = f"{result['slices']} slices, {result['megabytes']} MB, {result['cores']} cores, load {result['load_before']}"
+    title = (
+        f"{result['slices']} slices, {result['megabytes']} MB, {result['cores']} cores, load {result['load_before']}"
+    )
     table = Table(title=title, box=None)
     for name in ("receiver", "associations", "MB/s", "x storescp", "x Orthanc", "CPU ms/MB", "peak MB"):
         table.add_column(name, justify="left" if name == "receiver" else "right")

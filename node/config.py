@@ -56,7 +56,9 @@ class Listener(_Section):
     quiet_period_s: float = Field(30.0, gt=0, le=3600, examples=[30])
     """seconds without an instance after which a series whose end cannot be proved is closed"""
     disk_floor_mb: int = Field(1024, ge=0, examples=[1024])
-    """free disk in MB below which C-STORE answers 0xA700 'out of resources'"""
+    """free disk in MB below which C-STORE answers 0xA700 'out of resources'; below half, no association is taken"""
+    transport: Literal["direct", "stock"] = "direct"
+    """how bytes are read from the network; 'stock' is pynetdicom's own way, slower, should a sender need it"""
 
 
 class Peer(_Section):

@@ -55,6 +55,7 @@ def intake(here: Node) -> Listener:
         port=me.port,
         known_peers=None if me.accept == "any" else frozenset(senders),
         max_associations=me.max_associations,
+        transport=me.transport,
     )
     return Listener(options, spool, assembly)
 

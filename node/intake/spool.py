@@ -42,7 +42,8 @@ _BLOCK = 1 << 20
 #: Folders whose way to the root is known to be on disk; forgotten at this number to bound memory.
 _KNOWN_FOLDERS = 4096
 
-#: Bytes of one instance between two looks at the free space.
+#: Bytes of one instance after which the free space is looked at again and what came is synced: the last sync, which the
+#: sender waits for, must not have gigabytes to write.
 _CHECK_EVERY = 16 << 20
 
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
@@ -109,6 +110,7 @@ class Part:
         if self._unchecked >= _CHECK_EVERY:
             self._unchecked = 0
             self._spool.require_room()
+            os.fsync(self._file)
         rest = memoryview(fragment)
         try:
             while rest:

@@ -9,7 +9,7 @@ it has for that, `AE.make_server` with a server and a request handler of one's o
 - A connection gets threads only when its whole A-ASSOCIATE-RQ has come, so that probes, silence and slow writers cost
   a socket, and are bounded.
 
-`STOCK` is pynetdicom unchanged, to fall back to should a peer not get on with `DIRECT`: a fifth as fast, and an instance
+`STOCK` is pynetdicom unchanged, to fall back to should a peer not get on with `DIRECT`: half as fast, and an instance
 is held in memory while it comes in. The underscored names that are used here are why pynetdicom is held to 3.0.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import queue
 import select
 import selectors
@@ -163,12 +164,14 @@ class _Server(AssociationServer):
         try:
             with selectors.DefaultSelector() as selector:
                 self._selector = selector
-                self.socket.setblocking(False)
-                selector.register(self.socket, selectors.EVENT_READ)
+                listening = self.socket
+                assert listening is not None
+                listening.setblocking(False)
+                selector.register(listening, selectors.EVENT_READ)
                 selector.register(self._bell, selectors.EVENT_READ)
                 while not self._stopping:
                     for key, _ in selector.select(poll_interval):
-                        if key.fileobj is self.socket:
+                        if key.fileobj is listening:
                             self._accept()
                         elif key.fileobj is not self._bell and key.fileobj in self._porch:
                             self._hear(self._porch[key.fileobj])
@@ -240,7 +243,7 @@ class _Server(AssociationServer):
             self.shutdown_request(caller.connection)
 
     def _close_silent(self) -> None:
-        timeout = self.ae.acse_timeout
+        timeout = self.ae.acse_timeout or math.inf
         # In order of arrival, so that the first who is in time ends it.
         for caller in list(itertools.takewhile(lambda c: time.monotonic() - c.since > timeout, self._porch.values())):
             self._close(caller)
@@ -271,17 +274,19 @@ class _Server(AssociationServer):
 class _Handler(RequestHandler):
     """Makes an association of a connection, with providers that wait instead of polling."""
 
+    server: _Server
+
     def __init__(self, request: socket.socket, client_address: Any, server: _Server, received: bytes) -> None:
         self._received = received
         super().__init__(request, client_address, server)
 
     def _create_association(self) -> Association:
         association: Association = super()._create_association()
-        association.dul = _Reactor(association, self.server.begin)
+        association.dul = reactor = _Reactor(association, self.server.begin)
         # Both setters pass the value on to the provider's timers.
         association.network_timeout = association.network_timeout
         association.acse_timeout = association.acse_timeout
-        association.dimse = _Messages(association)
+        association.dimse = _Messages(association, reactor.bell)
         association.set_socket(_Socket(association, self.request, self._received))
         return association
 
@@ -318,7 +323,7 @@ class _Socket(AssociationSocket):
         while self.socket is not None and self._is_connected:
             if self.ended or self.head() is not None:
                 return True
-            if self._at and self._end == len(self._buffer) or self._at == self._end:
+            if self._at == self._end or (self._at and self._end == len(self._buffer)):
                 self._buffer[: self._end - self._at] = self._buffer[self._at : self._end]
                 self._at, self._end = 0, self._end - self._at
             try:
@@ -494,9 +499,9 @@ class _Reactor(DULServiceProvider):
             try:
                 self._take(connection.take(_HEAD.size + length)[_HEAD.size :])
             except _Invalid as fault:
-                return self._refuse(str(fault), "a fault of the sender; its maker has to mend it")
-            except Exception as error:  # a command set that pynetdicom cannot decode
-                return self._refuse("a command set cannot be decoded", f"a fault of the sender ({type(error).__name__})")
+                return self._refuse(str(fault), _SENDERS_FAULT)
+            except Exception as error:  # pynetdicom's, of a command set that it cannot decode
+                return self._refuse(f"a request cannot be decoded ({type(error).__name__})", _SENDERS_FAULT)
             if not self.to_provider_queue.empty():
                 return None
         else:
@@ -545,7 +550,7 @@ class _Reactor(DULServiceProvider):
         elements = _elements(command)
         has_data = elements.get(_DATA_SET_TYPE, b"") != _NO_DATA_SET
         if elements.get(_COMMAND_FIELD) == _C_STORE_RQ:
-            context = self.assoc._accepted_cx.get(self._context_id)
+            context = self.assoc._accepted_cx.get(self._context_id or 0)
             if context is None:
                 raise _Invalid("the presentation context is not one that was accepted")
             self._request = elements
@@ -591,7 +596,9 @@ class _Reactor(DULServiceProvider):
 
     def _give(self, control: int, fragment: bytes) -> None:
         primitive = P_DATA()
-        primitive.presentation_data_value_list = [[self._context_id, bytes((control,)) + fragment]]
+        assert self._context_id is not None
+        value = [self._context_id, bytes((control,)) + fragment]
+        primitive.presentation_data_value_list = [value]  # type: ignore[list-item]  # it takes lists only
         self.assoc.dimse.receive_primitive(primitive)
 
 
@@ -611,17 +618,20 @@ class _BellQueue(queue.Queue[Any]):
 class _Messages(DIMSEServiceProvider):
     """The DIMSE service provider; the association's thread, which asks it for messages, waits here."""
 
-    def __init__(self, association: Association) -> None:
+    def __init__(self, association: Association, bell: threading.Event) -> None:
         super().__init__(association)
-        self.msg_queue = _BellQueue(association.dul.bell)
+        self._bell = bell
+        self.msg_queue = _BellQueue(bell)
 
     def get_msg(self, block: bool = False) -> Any:
         """The next message, if any, once something has happened that the association's thread must look at."""
         if not block:
-            self.dul.bell.wait(_LOOK_ROUND_S)
-            self.dul.bell.clear()
+            self._bell.wait(_LOOK_ROUND_S)
+            self._bell.clear()
         return super().get_msg(block)
 
+
+_SENDERS_FAULT = "a fault of the sender; its maker has to mend it"
 
 #: PDU type, reserved, length of what follows (PS3.8 9.3.1).
 _HEAD = struct.Struct(">BBL")
