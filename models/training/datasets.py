@@ -43,6 +43,9 @@ class Patient:
         bool, or None where nobody drew it. None is not 'healthy'.
     part
         'train' or 'test' where the publisher of the set prescribes it, else None.
+    slab
+        Stored slices in about 2.5 mm, the slab that networks see at inference: what they see next to a slice is so
+        far away.
     """
 
     id: str
@@ -52,6 +55,17 @@ class Patient:
     lungs: NDArray[np.uint8] | None
     infection: NDArray[np.bool_] | None
     part: str | None = None
+    slab: int = 1
+
+
+def stack(patient: Patient, index: int, context: int, step: int | None = None) -> NDArray[np.int16]:
+    """Slice `index` between its `context` neighbours on either side, [2 context + 1, y, x]; at the ends repeated.
+
+    Neighbours are `step` slices apart, by default a slab.
+    """
+    places = index + np.arange(-context, context + 1) * (patient.slab if step is None else step)
+    chosen: NDArray[np.int16] = patient.hu[np.clip(places, 0, len(patient.hu) - 1)]
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -95,10 +109,11 @@ def covid_seg_20(slices: Path) -> list[Patient]:
     for path in sorted((slices / "covid-seg-20").glob("*.npz")):
         with np.load(path, allow_pickle=False) as data:
             hu = _to_hu(data["ct"], data["lung"], data["infection"])
-            # 256 pixels over a reconstructed field of about 370 mm; the set does not say it exactly.
-            patients.append(
-                _patient(path.stem, "covid-seg-20", f"{CC_BY_NC_SA} 4.0", hu, data["lung"], data["infection"], 1.45)
-            )
+            # 256 pixels over a reconstructed field of about 370 mm, slices of 1 to 1.5 mm; the set does not say it
+            # exactly.
+            licence = f"{CC_BY_NC_SA} 4.0"
+            drawn = _patient(path.stem, "covid-seg-20", licence, hu, data["lung"], data["infection"], 1.45)
+            patients.append(replace(drawn, slab=2))
     return patients
 
 

@@ -23,16 +23,17 @@ from monai.metrics.meandice import compute_dice
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from models.networks.xception_unet import XceptionUNet
 from models.training import datasets
 from models.training.datasets import Patient
 from models.training.sampling import Task, normalise
-from models.training.train import PLANS, TEST_PHANTOMS, VALIDATION_PHANTOMS, patients_of
+from models.training.train import PLANS, TEST_PHANTOMS, VALIDATION_PHANTOMS, build, patients_of
 
 #: Thresholds that are tried.
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 #: A slice counts as positive from this area on, mm² (`models.scan_level`).
 POSITIVE_MM2 = 20.0
+#: Height and width that every network here takes are multiples of this.
+STRIDE = 32
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,17 @@ class Figure:
     values: dict[str, float]
 
 
-def predict(network: torch.nn.Module, hu: NDArray[np.int16], batch: int = 8) -> NDArray[np.float32]:
-    """Class probabilities [channel, slice, y, x] of slices [slice, y, x] at `datasets.PIXEL_MM`."""
-    depth, height, width = hu.shape
-    pad = (0, -width % XceptionUNet.stride, 0, -height % XceptionUNet.stride)
+def predict(network: torch.nn.Module, patient: Patient, context: int = 0, batch: int = 8) -> NDArray[np.float32]:
+    """Class probabilities [channel, slice, y, x] of a patient's slices, each seen between its neighbours."""
+    depth, height, width = patient.hu.shape
+    pad = (0, -width % STRIDE, 0, -height % STRIDE)
     parts = []
     with torch.inference_mode():
         for start in range(0, depth, batch):
-            image = torch.nn.functional.pad(torch.from_numpy(normalise(hu[start : start + batch])), pad, value=-1.0)
-            logits = network(image[:, None].contiguous(memory_format=torch.channels_last))[..., :height, :width]
+            rows = range(start, min(start + batch, depth))
+            seen = normalise(np.stack([datasets.stack(patient, row, context) for row in rows]))
+            image = torch.nn.functional.pad(torch.from_numpy(seen), pad, value=-1.0)
+            logits = network(image.contiguous(memory_format=torch.channels_last))[..., :height, :width]
             chance = torch.sigmoid(logits) if logits.shape[1] == 1 else torch.softmax(logits, 1)
             parts.append(chance.transpose(0, 1).contiguous().numpy())
     return np.concatenate(parts, 1)
@@ -84,7 +87,7 @@ def evaluate_lungs(network: torch.nn.Module, patients: Sequence[Patient]) -> lis
     for patient in patients:
         if patient.lungs is None:
             continue
-        label = predict(network, patient.hu).argmax(0)
+        label = predict(network, patient).argmax(0)
         pairs = {"lungs": (label > 0, patient.lungs > 0), "right": (label == 1, patient.lungs == 1)}
         pairs["left"] = (label == 2, patient.lungs == 2)
         for measure, (found, truth) in pairs.items():
@@ -92,14 +95,16 @@ def evaluate_lungs(network: torch.nn.Module, patients: Sequence[Patient]) -> lis
     return [figure(source, measure, values) for (source, measure), values in sorted(scores.items())]
 
 
-def evaluate_infection(network: torch.nn.Module, patients: Sequence[Patient], threshold: float) -> list[Figure]:
+def evaluate_infection(
+    network: torch.nn.Module, patients: Sequence[Patient], threshold: float, context: int = 0
+) -> list[Figure]:
     """Dice of infection by source, and the share of infection-free slices with a false lesion.
 
     Predictions outside the lungs count only where nobody drew the lungs.
     """
     overlap: dict[str, dict[str, float]] = {}
     false: dict[str, dict[str, float]] = {}
-    for patient, chance in _chances(network, patients):
+    for patient, chance in _chances(network, patients, context):
         assert patient.infection is not None
         found = chance >= threshold
         if patient.infection.any():
@@ -111,12 +116,14 @@ def evaluate_infection(network: torch.nn.Module, patients: Sequence[Patient], th
     ]
 
 
-def choose_threshold(network: torch.nn.Module, patients: Sequence[Patient]) -> tuple[float, dict[str, Any]]:
+def choose_threshold(
+    network: torch.nn.Module, patients: Sequence[Patient], context: int = 0
+) -> tuple[float, dict[str, Any]]:
     """The threshold with the best mean Dice over real patients less the share of healthy slices called positive.
 
     Returns it and, for the model card, what every threshold gave.
     """
-    pairs = list(_chances(network, patients))
+    pairs = list(_chances(network, patients, context))
     table: dict[str, Any] = {}
     best = (-2.0, THRESHOLDS[-1])
     for threshold in THRESHOLDS:
@@ -143,7 +150,7 @@ def held_out(task: Task, data: Path, seed: int) -> tuple[list[Patient], list[Pat
 
 def load_network(task: Task, weights: Path) -> torch.nn.Module:
     """The task's network with weights of `train`."""
-    network = XceptionUNet(**PLANS[task].network)
+    network = build(PLANS[task].network)
     network.load_state_dict(load_file(weights))
     channels_last: torch.nn.Module = network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return channels_last
@@ -155,14 +162,16 @@ def evaluate(task: Task, weights: Path, data: Path, seed: int) -> dict[str, Any]
     validation, test = held_out(task, data, seed)
     if task == "lungs":
         return {"figures": [asdict(f) for f in evaluate_lungs(network, test)]}
-    threshold, table = choose_threshold(network, validation)
-    figures = evaluate_infection(network, test, threshold)
+    threshold, table = choose_threshold(network, validation, PLANS[task].context)
+    figures = evaluate_infection(network, test, threshold, PLANS[task].context)
     return {"threshold": threshold, "validation": table, "figures": [asdict(f) for f in figures]}
 
 
-def _chances(network: torch.nn.Module, patients: Iterable[Patient]) -> Iterable[tuple[Patient, NDArray[np.float32]]]:
+def _chances(
+    network: torch.nn.Module, patients: Iterable[Patient], context: int
+) -> Iterable[tuple[Patient, NDArray[np.float32]]]:
     for patient in patients:
-        chance = predict(network, patient.hu)[0]
+        chance = predict(network, patient, context)[0]
         if patient.lungs is not None:
             chance = chance * (patient.lungs > 0)
         yield patient, chance

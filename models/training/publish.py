@@ -14,12 +14,11 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from models.networks.xception_unet import XceptionUNet
 from models.registry import BUNDLES, WEIGHTS
 from models.training import datasets
 from models.training.evaluate import evaluate
 from models.training.sampling import HU_RANGE, Task
-from models.training.train import PLANS
+from models.training.train import PLANS, build
 
 #: Lesions below this are not reported, mm³: as long as a slab is thick, the area that makes a slice positive.
 MINIMUM_LESION_MM3 = 60.0
@@ -55,15 +54,14 @@ def publish(task: Task, weights: Path, data: Path, seed: int, version: str, limi
     shutil.copyfile(weights, folder / WEIGHTS)
     (folder / WEIGHTS).chmod(0o644)
     metadata = _metadata(task, found, version, hashlib.sha256(weights.read_bytes()).hexdigest())
-    network = {"_target_": f"{XceptionUNet.__module__}.{XceptionUNet.__name__}", **PLANS[task].network}
     _write_json(folder / "configs" / "metadata.json", metadata)
-    _write_json(folder / "configs" / "inference.json", {"network_def": network})
+    _write_json(folder / "configs" / "inference.json", {"network_def": PLANS[task].network})
     (folder / "docs" / "README.md").write_text(_card(task, metadata, found, limits), encoding="utf-8")
     return folder
 
 
 def _metadata(task: Task, found: dict[str, Any], version: str, digest: str) -> dict[str, Any]:
-    about = _TASKS[task]
+    about, stride = _TASKS[task], build(PLANS[task].network).stride
     metadata: dict[str, Any] = {
         "name": task,
         "version": version,
@@ -77,7 +75,8 @@ def _metadata(task: Task, found: dict[str, Any], version: str, digest: str) -> d
         "data_source": [_SETS[source] for source in PLANS[task].shares],
         "hu_range": list(HU_RANGE),
         "pixel_mm": datasets.PIXEL_MM,
-        "stride": XceptionUNet.stride,
+        "stride": stride,
+        "context": PLANS[task].context,
         "network_data_format": {
             "inputs": {
                 "image": {
@@ -85,7 +84,7 @@ def _metadata(task: Task, found: dict[str, Any], version: str, digest: str) -> d
                     "format": "hounsfield",
                     "modality": "CT",
                     "num_channels": 1,
-                    "spatial_shape": [f"{XceptionUNet.stride}*n", f"{XceptionUNet.stride}*n"],
+                    "spatial_shape": [f"{stride}*n", f"{stride}*n"],
                     "dtype": "float32",
                     "value_range": [-1, 1],
                     "is_patch_data": False,

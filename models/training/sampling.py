@@ -45,13 +45,21 @@ def normalise(hu: NDArray[np.int16] | NDArray[np.float32]) -> NDArray[np.float32
 class Slices(IterableDataset[tuple[Tensor, Tensor]]):
     """Endless augmented slices (image, target), drawn by source, then by patient, diseased slices more often.
 
-    Flips keep the sides true: what was the right lung is the left one after, and is called so.
+    Flips keep the sides true: what was the right lung is the left one after, and is called so. With a context the
+    image has neighbouring slices below and above as channels, at distances and of thicknesses as they may come, now
+    and then the slice itself instead: single slices are all that some sets have.
     """
 
     def __init__(
-        self, task: Task, patients: Sequence[Patient], shares: dict[str, float], crop: int, seed: int | Sequence[int]
+        self,
+        task: Task,
+        patients: Sequence[Patient],
+        shares: dict[str, float],
+        crop: int,
+        seed: int | Sequence[int],
+        context: int = 0,
     ) -> None:
-        self.crop, self.task, self.seed = crop, task, seed
+        self.crop, self.task, self.seed, self.context = crop, task, seed, context
         self.sources = {source: [patient for patient in patients if patient.source == source] for source in shares}
         self.sources = {source: members for source, members in self.sources.items() if members}
         self.shares = np.array([shares[source] for source in self.sources])
@@ -68,17 +76,32 @@ class Slices(IterableDataset[tuple[Tensor, Tensor]]):
             patient = members[rng.integers(len(members))]
             index = self._slice(rng, patient)
             target = self._target(patient, index)
-            hu = patient.hu[index].astype(np.float32)
+            hu = self._image(rng, patient, index)
             if self.task == "lungs" and rng.random() < 0.3:
                 hu = np.where(datasets.body(patient.hu[index]), hu, -1000.0).astype(np.float32)
             if rng.random() < 0.5:
-                hu, target = hu[:, ::-1], target[:, ::-1]
+                hu, target = hu[..., ::-1], target[:, ::-1]
                 if self.task == "lungs":
                     target = np.array([0, 2, 1], np.uint8)[target]
             hu, target = _crop(rng, hu, target, _window(patient, index), self.crop)
-            item = augment({"image": torch.from_numpy(normalise(hu))[None], "target": torch.from_numpy(target)[None]})
+            item = augment({"image": torch.from_numpy(normalise(hu)), "target": torch.from_numpy(target)[None]})
             image = item["image"].as_tensor().float().clamp(-1, 1)
             yield image, item["target"].as_tensor().float()
+
+    def _image(self, rng: np.random.Generator, patient: Patient, index: int) -> NDArray[np.float32]:
+        """HU [channel, y, x] of a slice and its context."""
+        if self.context == 0:
+            return patient.hu[index : index + 1].astype(np.float32)
+        if rng.random() < 0.15:
+            return np.repeat(patient.hu[index : index + 1].astype(np.float32), 2 * self.context + 1, 0)
+        step = int(rng.integers(1, 2 * patient.slab + 1)) * int(rng.choice((-1, 1)))
+        thick = min(int(rng.integers(1, patient.slab + 2)), abs(step))
+        layers = [
+            datasets.stack(patient, index + offset, self.context, step)
+            for offset in range(-(thick // 2), thick - thick // 2)
+        ]
+        image: NDArray[np.float32] = np.mean(layers, 0, dtype=np.float32)
+        return image
 
     def _slice(self, rng: np.random.Generator, patient: Patient) -> int:
         wanted = patient.infection if self.task == "infection" else patient.lungs
@@ -156,9 +179,9 @@ def _crop(
     size: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Cut a square about the centre, or pad with air."""
-    images = np.full((size, size), -1024.0, np.float32), np.zeros((size, size), np.uint8)
+    images = np.full((len(hu), size, size), -1024.0, np.float32), np.zeros((size, size), np.uint8)
     low = [round(c + rng.uniform(-0.06, 0.06) * size) - size // 2 for c in centre]
-    here = tuple(slice(max(o, 0), min(o + size, n)) for o, n in zip(low, hu.shape, strict=True))
+    here = tuple(slice(max(o, 0), min(o + size, n)) for o, n in zip(low, target.shape, strict=True))
     there = tuple(slice(s.start - o, s.stop - o) for s, o in zip(here, low, strict=True))
-    images[0][there], images[1][there] = hu[here], target[here]
+    images[0][:, *there], images[1][there] = hu[:, *here], target[here]
     return images

