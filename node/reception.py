@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-from pathlib import Path
+import threading
+import time
 from typing import IO
 
 import structlog
 from pydicom import dcmread
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from node.intake.assembly import Assembly, AssociationId, ClosedSeries
 from node.intake.listener import Listener, ListenerOptions
@@ -19,6 +20,12 @@ from node.tasks import Node, ring
 from node.telemetry import logs
 
 log = structlog.get_logger(__name__)
+
+#: Seconds beyond the quiet period after which a series was surely closed: a peer that stalled was dropped meanwhile.
+SETTLED_S = 120.0
+
+#: Series of a lost ledger that are open at a time.
+OPEN_AT_ONCE = 50
 
 #: Kept open for as long as the process lives.
 _LOCKS: list[IO[str]] = []
@@ -41,13 +48,7 @@ def intake(here: Node) -> Listener:
         recall=lambda study, series: ((one.header, one.path) for one in spool.series(study, series)),
         lacking=here.ledger.lacks,
     )
-    for study, series in spool.series_uids():
-        if not _closed_before(here, series, {path.name for path in (here.spool / study / series).glob("*.dcm")}):
-            found = spool.series(study, series)
-            for one in found[:1]:
-                sender = AssociationId(0, one.calling_ae, one.called_ae)
-                assembly.restore(sender, ((one.header, one.path) for one in found))
-                log.info("open before the restart", series=series, instances=len(found))
+    _take_up(here, spool, assembly)
     senders = {peer.ae_title for peer in here.settings.peers_that_may("send").values()}
     options = ListenerOptions(
         ae_title=me.ae_title,
@@ -113,8 +114,49 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
     ring("analyse", bells)
 
 
-def _closed_before(here: Node, series_uid: str, files: set[str]) -> bool:
-    """Whether the ledger has a generation of the series that all of these files are of."""
+def _take_up(here: Node, spool: Spool, assembly: Assembly) -> None:
+    """Open again what the ledger does not know, or not all of.
+
+    A series that was silent for long while the node still ran was closed, so that the ledger did know it: a ledger that
+    does not has been lost since. Its series are judged anew by their geometry. There may be very many of them, so a
+    thread opens them bit by bit.
+    """
+    known = _instances_known(here)
+    settled = spool.last_alive - here.settings.listener.quiet_period_s - SETTLED_S
+    lost = []
+    for one in spool.all_series():
+        key = one.study_uid, one.series_uid
+        if one.instances <= known.get(key, 0):
+            continue
+        if key not in known and one.last_at < settled:
+            lost.append(key)
+        else:
+            _restore(spool, assembly, key, closed=False)
+    if lost:
+        log.warning("the ledger lacks spooled series; they are judged anew", series=len(lost))
+        threading.Thread(target=_restore_lost, args=(spool, assembly, lost), name="restore", daemon=True).start()
+
+
+def _restore_lost(spool: Spool, assembly: Assembly, lost: list[tuple[str, str]]) -> None:
+    for key in lost:
+        while assembly.open_series >= OPEN_AT_ONCE:
+            time.sleep(1)
+        _restore(spool, assembly, key, closed=True)
+
+
+def _restore(spool: Spool, assembly: Assembly, key: tuple[str, str], *, closed: bool) -> None:
+    found = spool.series(*key)
+    for one in found[:1]:
+        sender = AssociationId(0, one.calling_ae, one.called_ae)
+        assembly.restore(sender, ((one.header, one.path) for one in found), closed=closed)
+        log.info("open before the restart", series=key[1], instances=len(found), closed_before=closed)
+
+
+def _instances_known(here: Node) -> dict[tuple[str, str], int]:
+    """How many instances of each series the ledger knows, in its largest generation."""
+    largest = func.max(func.json_array_length(Series.instances))
+    series = (Series.study_instance_uid, Series.series_instance_uid)
     with here.ledger() as session:
-        generations = session.scalars(select(Series).where(Series.series_instance_uid == series_uid))
-        return any(files <= {Path(name).name for name in series.instances} for series in generations)
+        return {
+            (study, uid): count for study, uid, count in session.execute(select(*series, largest).group_by(*series))
+        }

@@ -20,7 +20,7 @@ import structlog
 
 from node.intake.header import InstanceHeader
 from node.intake.spool import Stored
-from node.intake.tiling import GAP_STEPS, Tiling, numbers_missing, tile
+from node.intake.tiling import FEWEST, GAP_STEPS, Tiling, count_reached, numbers_missing, tile
 from node.telemetry.logs import plainly
 
 __all__ = ["Assembly", "AssociationId", "ClosedSeries", "Ending", "InstanceHeader"]
@@ -30,6 +30,10 @@ log = structlog.stdlib.get_logger(__name__)
 #: Seconds after the end of an association in which the next one may continue the series: some senders open one for
 #: each instance, others one for each hundred.
 GRACE_S = 2.0
+
+#: The same for a series that came over one association so far, more than a few instances of it. Should that have been
+#: the first hundred, the sender's next association, which is waited for as soon as it is open, is long under way.
+ONE_ASSOCIATION_GRACE_S = 1.0
 
 #: How an association ended: by A-RELEASE, because nothing came for too long between two instances, or otherwise.
 Ending = Literal["released", "idle", "aborted"]
@@ -103,22 +107,31 @@ class Assembly:
         self._on_closed = on_closed
         self._quiet_s = quiet_s
         self._grace_s = min(grace_s, quiet_s)
+        self._one_association_grace_s = min(self._grace_s, ONE_ASSOCIATION_GRACE_S)
         self._recall = recall or (lambda _study, _series: ())
         self._closed_lacking = lacking or (lambda _study, _series: False)
         self._clock = clock
         self._open: dict[_Key, _OpenSeries] = {}
         #: The series that each association sent last: it may be in the midst of it.
         self._sending: dict[AssociationId, _Key] = {}
+        #: Associations that have sent nothing yet, and when they began.
+        self._silent: dict[AssociationId, float] = {}
         #: SOP instance UIDs that were refused and have not come since; outlives the closing of their series.
         self._lacking: dict[_Key, set[str]] = {}
         self._lock = threading.RLock()
         self._ticking = threading.Lock()
+
+    def association_began(self, association: AssociationId) -> None:
+        """An association is open. A series that its sender sent before may be about to go on."""
+        with self._lock:
+            self._silent[association] = self._clock()
 
     def received(self, association: AssociationId, header: InstanceHeader, stored: Stored) -> None:
         """An instance has been stored. What was there before ('same', 'differs') opens no series that is complete."""
         key = (header.study_instance_uid, header.series_instance_uid)
         with self._lock:
             self._sending[association] = key
+            self._silent.pop(association, None)
             series = self._open.get(key)
             if series is None:
                 if stored.outcome != "new" and not self._closed_lacking(*key):
@@ -135,6 +148,7 @@ class Assembly:
         key = (header.study_instance_uid, header.series_instance_uid)
         with self._lock:
             self._sending[association] = key
+            self._silent.pop(association, None)
             series = self._open.get(key) or self._begin(key, header)
             if header.sop_instance_uid not in series.instances:
                 series.refused.add(header.sop_instance_uid)
@@ -147,12 +161,19 @@ class Assembly:
         """An association is over. May be told twice."""
         with self._lock:
             self._sending.pop(association, None)
+            self._silent.pop(association, None)
             for series in self._open.values():
                 if association in series.associations:
                     series.end(association, ending, self._clock())
 
-    def restore(self, association: AssociationId, instances: Iterable[tuple[InstanceHeader, Path]]) -> None:
-        """Open a series found on disk after a restart. It is not complete unless its sender says so by sending more."""
+    def restore(
+        self, association: AssociationId, instances: Iterable[tuple[InstanceHeader, Path]], *, closed: bool = False
+    ) -> None:
+        """Open a series found on disk after a restart.
+
+        It is not complete unless its sender says so by sending more, or it is known to have been `closed` before: then
+        it is judged by its geometry.
+        """
         now = self._clock()
         with self._lock:
             for header, path in instances:
@@ -161,7 +182,8 @@ class Assembly:
                 self._open[key] = series
                 series.instances.setdefault(header.sop_instance_uid, (header, path))
                 series.sender = association
-                series.broken, series.broken_at = "the node was restarted while the series was open", now
+                if not closed:
+                    series.broken, series.broken_at = "the node was restarted while the series was open", now
 
     def tick(self, *, final: bool = False) -> None:
         """Close what can be closed. With `final` (a shutdown) proved ends are not given their grace."""
@@ -206,13 +228,25 @@ class Assembly:
             return True
         if series.associations or series.ended_at is None or series.reopened or series.examined:
             return False
-        if not final and now - series.ended_at < self._grace_s:
+        if not final and (now - series.ended_at < self._grace(series) or self._goes_on(series, now)):
             return False
         series.examined = True
         if numbers_missing(series.headers):
             return False
         series.verdict = series.judge("the association ended")
         return series.verdict[0]
+
+    def _grace(self, series: _OpenSeries) -> float:
+        """Seconds that the end of an association leaves for the next to begin."""
+        if count_reached(series.headers):
+            return 0.0
+        one = series.came_over == 1 and len(series.instances) >= FEWEST
+        return self._one_association_grace_s if one else self._grace_s
+
+    def _goes_on(self, series: _OpenSeries, now: float) -> bool:
+        """Whether its sender has opened another association, of which nothing has come yet."""
+        sender = series.sender.calling_ae
+        return any(one.calling_ae == sender and now - at < self._grace_s for one, at in self._silent.items())
 
     def _close(self, series: _OpenSeries, closed: ClosedSeries, extent: tuple[int, int]) -> None:
         """Offer the series as it was when it was judged; forget it unless more has come meanwhile."""
@@ -252,6 +286,8 @@ class _OpenSeries:
     instances: dict[str, tuple[InstanceHeader, Path]] = field(default_factory=dict)
     #: Associations that are open and have sent of it, and when each began to.
     associations: dict[AssociationId, float] = field(default_factory=dict)
+    #: How many associations have sent of it so far.
+    came_over: int = 0
     #: SOP instance UIDs that were refused and have not come since.
     refused: set[str] = field(default_factory=set)
     sender: AssociationId = field(default_factory=lambda: AssociationId(0, "", ""))
@@ -276,7 +312,9 @@ class _OpenSeries:
         return len(self.instances), len(self.refused)
 
     def touch(self, association: AssociationId, now: float) -> None:
-        self.associations.setdefault(association, now)
+        if association not in self.associations:
+            self.associations[association] = now
+            self.came_over += 1
         self.last = now
         self.examined = False
 
@@ -300,7 +338,7 @@ class _OpenSeries:
             missing.append(doubt)
         if self.refused:
             missing.append(f"{len(self.refused)} instances were refused and not sent again")
-        if self.broken:
+        if self.broken and not count_reached(self.headers):
             missing.append(f"{self.broken}, so its end may be missing")
         if missing:
             return False, f"incomplete: {'; '.join(missing)}; {ended}"

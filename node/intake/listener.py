@@ -76,6 +76,9 @@ ACSE_TIMEOUT_S = 30.0
 #: Seconds between two looks at what can be closed.
 TICK_S = 0.25
 
+#: Ticks between two signs of life in the spool.
+ALIVE_EVERY = 20
+
 #: Seconds that `stop` waits for associations to come to their end.
 STOP_S = 10.0
 
@@ -235,7 +238,12 @@ class Listener:
         log.info("stopped listening", ae_title=self.options.ae_title)
 
     def _tick(self) -> None:
-        while not self._stopping.wait(TICK_S):
+        for n in itertools.count():
+            if n % ALIVE_EVERY == 0:
+                with suppress(OSError):
+                    self._spool.still_alive()
+            if self._stopping.wait(TICK_S):
+                break
             self._end_dead()
             self._assembly.tick()
         self._end_dead()
@@ -299,6 +307,7 @@ class Listener:
 
     def _on_established(self, event: _Event) -> None:
         known = self._identify(event.assoc)
+        self._assembly.association_began(known)
         log.info("association", calling_ae=known.calling_ae, number=known.number)
 
     def _on_released(self, event: _Event) -> None:

@@ -76,6 +76,17 @@ class SpooledInstance:
     called_ae: str
 
 
+@dataclass(frozen=True)
+class SpooledSeries:
+    """One series as found on disk."""
+
+    study_uid: str
+    series_uid: str
+    instances: int
+    #: When the last instance came, seconds since the epoch.
+    last_at: float
+
+
 class Part:
     """An instance on its way in: a temporary file that is kept under its name in the end, or leaves nothing.
 
@@ -202,6 +213,8 @@ class Spool:
         self._known: set[Path] = set()
         self._folders = threading.Lock()
         self._incoming.mkdir(parents=True, exist_ok=True)
+        #: When the spool was last received into before now, seconds since the epoch.
+        self.last_alive = self._incoming.stat().st_mtime
         for left_over in self._incoming.iterdir():
             left_over.unlink()
         _fsync_folder(root)
@@ -243,11 +256,18 @@ class Spool:
                 log.error("spooled file cannot be read", file=path.name, error=type(error).__name__)
         return found
 
-    def series_uids(self) -> Iterator[tuple[str, str]]:
-        """(study UID, series UID) of every series on disk."""
+    def all_series(self) -> Iterator[SpooledSeries]:
+        """Every series on disk."""
         for study in sorted(self.root.iterdir()):
-            if UID.match(study.name):
-                yield from ((study.name, series.name) for series in sorted(study.iterdir()) if UID.match(series.name))
+            for series in sorted(study.iterdir()) if UID.match(study.name) else ():
+                if UID.match(series.name):
+                    files = [entry for entry in os.scandir(series) if entry.name.endswith(".dcm")]
+                    # A folder's time is that of its last new name, and spares a look at each file.
+                    yield SpooledSeries(study.name, series.name, len(files), series.stat().st_mtime)
+
+    def still_alive(self) -> None:
+        """Leave a sign for `last_alive` of the next start."""
+        os.utime(self._incoming)
 
     def folder(self, study_uid: str, series_uid: str) -> Path:
         """Where instances of a series are kept; raises `InvalidUIDError` for what is no UID."""

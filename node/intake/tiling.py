@@ -95,6 +95,12 @@ def numbers_missing(headers: Sequence[InstanceHeader]) -> str:
     return ""
 
 
+def count_reached(headers: Sequence[InstanceHeader]) -> bool:
+    """Whether the sender itself counts as many images in the acquisition as there are, and they are of one."""
+    counts = {(header.images_in_acquisition, header.acquisition_number) for header in headers}
+    return len(counts) == 1 and len(headers) >= FEWEST and counts.pop()[0] == len(headers)
+
+
 @dataclass(frozen=True, slots=True)
 class _Slice:
     along: float

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 from made_instances import STUDY, header
 
-from node.intake.assembly import RETRY_S, Assembly, AssociationId, ClosedSeries, Ending
+from node.intake.assembly import ONE_ASSOCIATION_GRACE_S, RETRY_S, Assembly, AssociationId, ClosedSeries, Ending
 from node.intake.header import InstanceHeader
 from node.intake.spool import Stored
 from node.intake.tiling import GAP_STEPS
@@ -85,9 +85,9 @@ def test_slices_that_tile_space_close_soon_after_the_association(rig: Rig) -> No
         rig.send(association, header(n, series=CHEST))
         rig.wait(1)
     rig.assembly.association_ended(association)
-    rig.wait(GRACE / 2)
+    rig.wait(ONE_ASSOCIATION_GRACE_S / 2)
     assert rig.closed == []
-    rig.wait(GRACE / 2)
+    rig.wait(ONE_ASSOCIATION_GRACE_S / 2)
     assert rig.reasons() == [(10, True, f"{TILES}, and the association ended")]
     (closed,) = rig.closed
     assert (closed.study_instance_uid, closed.series_instance_uid) == (STUDY, CHEST)
@@ -104,6 +104,34 @@ def test_one_association_an_instance_is_one_series(rig: Rig) -> None:
         rig.wait(GRACE / 2)
     rig.wait(GRACE)
     assert rig.reasons() == [(10, True, f"{TILES}, and the association ended")]
+
+
+def test_an_association_that_was_opened_to_go_on_is_waited_for(rig: Rig) -> None:
+    rig.send_all(range(5))
+    rig.wait(ONE_ASSOCIATION_GRACE_S / 2)
+    going_on, other = rig.associate(), rig.associate("CT2")
+    rig.assembly.association_began(going_on)
+    rig.wait(GRACE * 0.9)
+    assert rig.closed == []
+    for n in range(5, 10):
+        rig.send(going_on, header(n, series=CHEST))
+    rig.assembly.association_ended(going_on)
+    rig.assembly.association_began(other)  # another sender's does not matter
+    rig.wait(ONE_ASSOCIATION_GRACE_S)
+    assert rig.closed == []  # it needed two
+    rig.wait(GRACE)
+    assert rig.reasons() == [(10, True, f"{TILES}, and the association ended")]
+
+
+def test_the_sender_s_own_count_needs_no_grace_and_mends_an_abort(rig: Rig) -> None:
+    for ending in ("released", "aborted"):
+        series = f"{CHEST}.{ending}"
+        association = rig.associate()
+        for n in range(10):
+            rig.send(association, header(n, series=series, images_in_acquisition=10, acquisition_number=1))
+        rig.assembly.association_ended(association, ending)
+        rig.wait(0)
+    assert rig.reasons() == [(10, True, f"{TILES}, and the association ended")] * 2
 
 
 def test_a_gap_waits_and_is_never_whole(rig: Rig) -> None:

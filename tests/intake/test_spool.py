@@ -228,7 +228,9 @@ def test_series_are_found_again_with_their_headers_and_sender(spool: Spool) -> N
     (spool.root / STUDY / SERIES / "9.9.dcm").write_bytes(b"no DICOM")
     (spool.root / STUDY / SERIES / "9.8.dcm").write_bytes(b"")
     (spool.root / "lost+found").mkdir()
-    kept = [spool.series(study, series) for study, series in spool.series_uids()]
+    series = list(spool.all_series())
+    assert {(one.series_uid, one.instances) for one in series} == {(SERIES, 5), ("1.2.3", 1)}
+    kept = [spool.series(one.study_uid, one.series_uid) for one in series]
     found = {len(instances): instances for instances in kept}
     assert sorted(found) == [1, 3]
     assert [i.header.positions[0][2] for i in found[3]] == [0, 1, 2]

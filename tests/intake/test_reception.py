@@ -1,0 +1,94 @@
+"""What a listener takes up again after a restart, by what the ledger knows and what it lost."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+
+import pytest
+from conftest import wait_for
+from made_instances import SERIES, STUDY
+from test_spool import store
+
+from node import reception
+from node.config import Settings
+from node.intake.assembly import Assembly
+from node.intake.listener import Listener
+from node.intake.spool import Spool
+from node.ledger import Series
+from node.tasks import LEDGER, Node
+
+
+@pytest.fixture(autouse=True)
+def no_bells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reception, "ring", lambda _work, _rows: None)
+
+
+def start(folder: Path) -> tuple[Node, Listener, Assembly]:
+    settings = {"data": folder, "listener": {"port": 1, "accept": "any", "quiet_period_s": 0.5}}
+    here = Node.open(Settings.model_validate(settings))
+    listener = reception.intake(here)
+    lock = reception._LOCKS.pop()
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    lock.close()
+    return here, listener, listener._assembly
+
+
+def spooled(folder: Path, count: int, age_s: float) -> None:
+    spool = Spool(folder / "spool")
+    for n in range(count):
+        store(spool, n)
+    then = time.time() - age_s
+    os.utime(folder / "spool" / STUDY / SERIES, (then, then))
+
+
+def close_all(assembly: Assembly) -> None:
+    wait_for(lambda: assembly.open_series > 0, 5, "what was lost to be opened again")
+    time.sleep(0.6)
+    assembly.tick()
+    assert assembly.open_series == 0
+
+
+def closed(here: Node) -> list[tuple[int, bool, str]]:
+    with here.ledger() as session:
+        rows = session.query(Series).order_by(Series.id)
+        return [(len(row.instances), row.complete, row.closed_because) for row in rows]
+
+
+def test_what_was_open_when_the_node_went_down_stays_in_doubt(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 5, age_s=3)
+    here, _, assembly = start(tmp_path)
+    close_all(assembly)
+    ((count, complete, why),) = closed(here)
+    assert (count, complete) == (5, False)
+    assert "the node was restarted while the series was open" in why
+
+
+def test_a_series_that_the_ledger_knows_is_left_alone_and_a_late_slice_opens_it(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 5, age_s=3)
+    _, _, assembly = start(tmp_path)
+    close_all(assembly)
+    _, _, assembly = start(tmp_path)
+    assert assembly.open_series == 0
+    spooled(tmp_path, 6, age_s=3)
+    here, _, assembly = start(tmp_path)
+    close_all(assembly)
+    assert [count for count, _, _ in closed(here)] == [5, 6]
+
+
+def test_a_lost_ledger_makes_old_series_be_judged_by_their_geometry(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 5, age_s=1000)
+    _, listener, assembly = start(tmp_path)
+    close_all(assembly)
+    listener._spool.still_alive()
+    for left in tmp_path.glob(f"{LEDGER}*"):
+        left.unlink()
+    here, _, assembly = start(tmp_path)
+    close_all(assembly)
+    tiles = "slices tile space from z=0.0 to z=4.0 every 1.0 mm"
+    assert closed(here) == [(5, True, f"{tiles}, and no instance came for 0.5 s")]
