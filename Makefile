@@ -1,6 +1,7 @@
 # make demo   a node on this machine, a CT sent through it, and the picture that comes back
 # make test   all tests, with real peers (Orthanc, DCMTK, dicom3tools, Redis), installed where this may be done
-# Both make a virtual environment in .venv first. PYTHON=python3.12 chooses another interpreter, DIR=folder the demo's CT.
+# make faults the tests of what goes wrong, long: LUNGNODE_FAULT_ROUNDS rounds of each, from LUNGNODE_FAULT_SEED
+# Each makes a virtual environment in .venv first. PYTHON=python3.12 chooses another interpreter, DIR=folder the demo's CT.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 DIR ?=
 PYTEST ?=
 
-.PHONY: demo test lint types format bench peers clean
+.PHONY: demo test faults lint types format bench peers clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/runtime
@@ -18,6 +19,9 @@ demo: $(VENV)/runtime
 
 test: $(VENV)/develop peers
 	@$(BIN)/pytest $(PYTEST)
+
+faults: $(VENV)/develop peers
+	@LUNGNODE_FAULT_ROUNDS=$${LUNGNODE_FAULT_ROUNDS:-100} $(BIN)/pytest --timeout 7200 tests/faults $(PYTEST)
 
 lint: $(VENV)/develop
 	@$(BIN)/ruff check .
@@ -31,6 +35,7 @@ format: $(VENV)/develop
 	@$(BIN)/ruff format .
 
 bench: $(VENV)/develop peers
+	@$(BIN)/python benchmarks/intake.py
 	@$(BIN)/python benchmarks/journey.py
 
 peers:

@@ -36,6 +36,18 @@ def data_dir() -> Path:
     return folder
 
 
+def fault_rounds(few: int) -> int:
+    """How many rounds a test of chance runs: `few`, or as many as LUNGNODE_FAULT_ROUNDS says (`make faults`)."""
+    return int(os.environ.get("LUNGNODE_FAULT_ROUNDS", few))
+
+
+def fault_seed() -> int:
+    """What chance begins with: LUNGNODE_FAULT_SEED, so that a failure can be run again; shown where a test fails."""
+    seed = int(os.environ.get("LUNGNODE_FAULT_SEED", 1))
+    print(f"LUNGNODE_FAULT_SEED={seed}")
+    return seed
+
+
 def free_port() -> int:
     """A TCP port on loopback that was free a moment ago."""
     with socket.socket() as probe:

@@ -67,6 +67,9 @@ _LIMIT_EXCEEDED: Final = (2, 3, 2)
 #: Share of the disk floor below which not even associations are taken: each would only end in refusals.
 NO_ASSOCIATION_BELOW: Final = 0.5
 
+#: Quarters of all associations that one calling AE title may have: one peer must not shut out the others.
+ONE_PEER: Final = 3
+
 #: Bytes of an instance that could not be stored which are kept to tell which series lacks it.
 _HEAD: Final = 64 * 1024
 
@@ -298,6 +301,10 @@ class Listener:
         if len(self._associations) >= options.max_associations:
             mend = "raise listener.max_associations, or let the sender open fewer; it will try again"
             return _LIMIT_EXCEEDED, f"{options.max_associations} associations are open", mend
+        mine = sum(known.calling_ae == calling_ae for known in self._associations.values())
+        if options.max_associations >= 4 and mine >= options.max_associations * ONE_PEER // 4:
+            mend = "let this sender open fewer, or raise listener.max_associations; it will try again"
+            return _LIMIT_EXCEEDED, f"{mine} associations are open with this peer", mend
         try:
             self._spool.require_room(NO_ASSOCIATION_BELOW)
         except SpoolFullError:
@@ -317,6 +324,9 @@ class Listener:
         """By the peer, by the loss of the connection, or by ourselves because nothing came for too long."""
         association = event.assoc
         idle = association.dul.idle_timer_expired() and not amid_instance(association)
+        known = self._identify(association)
+        reason = "nothing came for too long" if idle else "aborted, or the connection was lost"
+        log.info("association ended", calling_ae=known.calling_ae, number=known.number, reason=reason)
         self._end(association, "idle" if idle else "aborted")
 
     def _identify(self, association: Association) -> AssociationId:

@@ -457,6 +457,10 @@ class _Reactor(DULServiceProvider):
                 self.incoming = None
             if self.socket is not None:
                 self.socket.free()
+            if self.assoc.requestor.primitive is None:
+                # What came first was no request that could be decoded: its thread would wait for one.
+                log.warning("connection closed", reason="an association request is malformed", mend=_SENDERS_FAULT)
+                self.to_user_queue.put(None)
             self.bell.set()
 
     def send_pdu(self, primitive: Any) -> None:
@@ -494,8 +498,12 @@ class _Reactor(DULServiceProvider):
             if length > MAXIMUM_PDU and kind != _ASSOCIATE_RQ:  # whose length the server has checked
                 limit = f"a PDU of type {kind} is longer than {MAXIMUM_PDU} bytes"
                 return self._refuse(limit, "the sender ignores the maximum length that was negotiated")
-            if kind != _P_DATA_TF or self.state_machine.current_state != "Sta6":
+            if self.state_machine.current_state != "Sta6":
                 break
+            if kind in (_RELEASE_RQ, _ABORT):
+                break
+            if kind != _P_DATA_TF:
+                return self._refuse(f"a PDU of type {kind} came where none may come", _SENDERS_FAULT)
             try:
                 self._take(connection.take(_HEAD.size + length)[_HEAD.size :])
             except _Invalid as fault:
@@ -637,7 +645,7 @@ _SENDERS_FAULT = "a fault of the sender; its maker has to mend it"
 _HEAD = struct.Struct(">BBL")
 #: Item length, presentation context ID, message control header (PS3.8 9.3.5.1, E.2).
 _PDV = struct.Struct(">LBB")
-_ASSOCIATE_RQ, _P_DATA_TF = 0x01, 0x04
+_ASSOCIATE_RQ, _P_DATA_TF, _RELEASE_RQ, _ABORT = 0x01, 0x04, 0x05, 0x07
 #: A-ABORT by the service provider, unexpected PDU (PS3.8 table 9-26).
 _ABORT_UNEXPECTED = b"\x07\0\0\0\0\x04\0\0\x02\x02"
 
