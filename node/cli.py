@@ -140,7 +140,11 @@ def _work_on(queue: str, url: str) -> None:
     if queue == "deliver":
         # Not in the other worker, which forks: a child forked in the midst of a sweep inherits SQLite's locks for good.
         tasks.Sweeper(tasks.node()).start()
-    pool = ["--pool", "prefork", "--concurrency", "1"] if queue == "analyse" else ["--pool", "threads", "-c", "4"]
+        # A thread for each peer, so that one that hangs delays nobody else's objects, and one to see that it does.
+        threads = 1 + len(tasks.node().settings.peers_that_may("receive"))
+        pool = ["--pool", "threads", "--concurrency", str(threads)]
+    else:
+        pool = ["--pool", "prefork", "--concurrency", "1"]
     arguments = [
         "--quiet",
         "worker",
@@ -243,15 +247,20 @@ def status(
     config: Config = None,
 ) -> None:
     """Show what was received, what became of it, and what is still owed."""
+    from node import retention
     from node import status as view
 
     ledger = _ledger(config)
     if series is None:
+        if warning := retention.pressure(_settings(config)):
+            err.print(warning, style="yellow", highlight=False)
         everything = view.all_series(ledger)
         if as_json:
             print(json.dumps(view.as_json(everything), indent=2))
         elif everything:
             out.print(view.table(everything))
+            for line in view.silent_peers(ledger):
+                out.print(line, style="yellow", highlight=False)
         else:
             out.print(f"nothing received yet ({ledger.engine.url.database})", highlight=False, soft_wrap=True)
         return

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 from pydicom import Dataset
 from pydicom._dicom_dict import DicomDictionary
 from pydicom.datadict import tag_for_keyword
@@ -61,6 +61,17 @@ class Listener(_Section):
     """how bytes are read from the network; 'stock' is pynetdicom's own way, slower, should a sender need it"""
 
 
+class Stow(_Section):
+    """The DICOMweb service of a peer (PS3.18 10.5)."""
+
+    url: str = Field(pattern=r"^https?://[^/\s@]+(/\S*)?$", examples=["https://pacs.example/dicom-web"])
+    """its address, up to but without /studies; credentials are read from the environment"""
+    ca: Path | None = None
+    """PEM file of the authority that signed the service's certificate, where the system does not know it"""
+    certificate: Path | None = None
+    """PEM file with a certificate and key of our own, where the service asks for one"""
+
+
 class Peer(_Section):
     """Another application entity: a PACS, a modality, a workstation."""
 
@@ -72,6 +83,17 @@ class Peer(_Section):
     """the peer's DICOM port"""
     may: tuple[Literal["send", "receive"], ...] = ("send", "receive")
     """what the peer may do: 'send' series to us, 'receive' results from us"""
+    stow: Stow | None = None
+    """deliver by STOW-RS to this DICOMweb service instead of by C-STORE"""
+    commitment: Literal["off", "on", "required"] = "off"
+    """storage commitment: 'on' asks the peer to confirm what it took; 'required' counts it as failed without"""
+    rejection_notes: bool = False
+    """whether the peer hides objects that an IHE IOCM rejection note names; it gets one when late slices come"""
+
+    @field_validator("commitment", mode="before")
+    @classmethod
+    def _yaml_says_true_for_on(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 class Route(_Section):
@@ -87,6 +109,8 @@ class Route(_Section):
     """the analysis to run"""
     to: dict[str, tuple[Kind, ...]] = Field(examples=[{"pacs": ["infection-seg", "lung-seg", "sr", "capture"]}])
     """peers (by name) and the objects that each gets: infection-seg, lung-seg, sr, capture"""
+    urgent: bool = False
+    """let these series overtake the rest; a Requested Procedure Priority of STAT or HIGH does so too"""
     tell_not_analysed: bool = True
     """send a 'not analysed, because …' report and capture when a chest CT cannot be analysed"""
 
@@ -104,6 +128,15 @@ class Worker(_Section):
     """where networks run; 'auto' takes the GPU when there is one"""
 
 
+class Retention(_Section):
+    """How long files are kept. What is still owed to a peer is kept in any case, and so is what failed."""
+
+    days: int | None = Field(30, ge=1, examples=[30])
+    """days after which received series and results are dropped from disk; null keeps them for ever"""
+    warn_free_mb: int = Field(10240, ge=0, examples=[10240])
+    """free disk in MB below which status and log warn, well before the listener refuses"""
+
+
 class Settings(_Section):
     """Everything that an installation may set."""
 
@@ -119,6 +152,8 @@ class Settings(_Section):
     """'embedded' starts a private redis-server on loopback; a redis:// URL uses yours"""
     worker: Worker = Worker()
     """the processes that analyse"""
+    retention: Retention = Retention()
+    """how long files are kept"""
 
     def peers_that_may(self, what: Literal["send", "receive"]) -> dict[str, Peer]:
         """Peers by name that may `send` to us or `receive` from us."""

@@ -38,10 +38,11 @@ from sqlalchemy.pool import NullPool
 
 from node.telemetry.logs import plainly
 
-#: waiting: owed, due at `due_at` · running: under a lease · done · refused: ended for good with a reason that trying
-#: again would not change · failed: attempts used up.
-State = Literal["waiting", "running", "done", "refused", "failed"]
-Work = Literal["analyse", "deliver"]
+#: waiting: owed, due at `due_at` · running: under a lease · done · confirmed: done, and the peer has committed to keep
+#: it · refused: ended for good with a reason that trying again would not change · superseded: a newer generation of the
+#: series has taken its place · failed: attempts used up.
+State = Literal["waiting", "running", "done", "confirmed", "refused", "superseded", "failed"]
+Work = Literal["analyse", "deliver", "line"]
 
 #: Seconds for which a lease holds. A worker that dies is overtaken after at most this long; it is renewed every
 #: quarter of it, so that three missed renewals are forgiven.
@@ -51,12 +52,17 @@ LEASE_S = 60.0
 #: backoff below that takes over an hour, so that a full disk or a lost mount can be mended meanwhile.
 MAX_ANALYSIS_ATTEMPTS = 6
 
-#: With the backoff below this is about three days of trying to reach a peer.
+#: Times that a peer may answer an object with a passing failure, or fall silent over it: with the backoff below about
+#: three days. A peer that is not there at all costs no attempts.
 MAX_DELIVERY_ATTEMPTS = 80
 
-#: Seconds before the second attempt, and the factor for each further one; up to `MAX_BACKOFF_S`, with up to a fifth of
-#: jitter.
-BACKOFF: dict[Work, tuple[float, float]] = {"analyse": (15.0, 4.0), "deliver": (5.0, 2.0)}
+#: Seconds before the second attempt, the factor for each further one, and the most, with up to a fifth of jitter. A
+#: line to a silent peer is tried often: that costs little, and what waits for it goes out soon after it is back.
+BACKOFF: dict[Work, tuple[float, float, float]] = {
+    "analyse": (15.0, 4.0, 3600.0),
+    "deliver": (5.0, 2.0, 3600.0),
+    "line": (5.0, 2.0, 120.0),
+}
 MAX_BACKOFF_S = 3600.0
 
 #: Seconds after which the sweep rings again for work that nobody has taken.
@@ -92,6 +98,8 @@ class Series(Base):
     #: What was decided: the route's name and why, or why it is not analysed.
     verdict: Mapped[str] = mapped_column(Text)
     closed_at: Mapped[float]
+    #: When its files were dropped by age (`node.retention`).
+    dropped_at: Mapped[float | None] = mapped_column(default=None)
 
     analyses: Mapped[list[Analysis]] = relationship(back_populates="series", order_by="Analysis.id")
     events: Mapped[list[Event]] = relationship(back_populates="series", order_by="Event.id")
@@ -124,6 +132,8 @@ class Analysis(Owed):
     route: Mapped[str] = mapped_column(Text)
     #: Kinds of object that each peer gets, as the route said when the series was closed.
     destinations: Mapped[dict[str, list[str]]] = mapped_column(JSON)
+    #: Whether it and its objects overtake the rest.
+    urgent: Mapped[bool] = mapped_column(default=False)
     #: Whether the study is told when the series cannot be analysed.
     tell: Mapped[bool] = mapped_column(default=True)
     #: Set when the series is not to be analysed but told about: the reason that the objects state.
@@ -153,6 +163,8 @@ class Object(Base):
     series_instance_uid: Mapped[str] = mapped_column(Text)
     #: Relative to the folder of results.
     path: Mapped[str] = mapped_column(Text)
+    #: Row number of the analysis of a newer generation whose objects stand in its place.
+    superseded_by: Mapped[int | None] = mapped_column(default=None)
 
     analysis: Mapped[Analysis] = relationship(back_populates="objects")
     deliveries: Mapped[list[Delivery]] = relationship(back_populates="object", order_by="Delivery.id")
@@ -165,9 +177,37 @@ class Delivery(Owed):
     __table_args__ = (UniqueConstraint("object_id", "peer"),)
 
     object_id: Mapped[int] = mapped_column(ForeignKey("objects.id"), index=True)
-    peer: Mapped[str] = mapped_column(Text)
+    peer: Mapped[str] = mapped_column(Text, index=True)
+    #: When the peer took it. A row that waits and was stored waits for the peer's commitment to keep it.
+    stored_at: Mapped[float | None] = mapped_column(default=None)
+    #: Times that the commitment was asked for, and the transaction that did so last.
+    asks: Mapped[int] = mapped_column(default=0)
+    transaction_uid: Mapped[str | None] = mapped_column(Text, default=None)
 
     object: Mapped[Object] = relationship(back_populates="deliveries")
+
+
+class Line(Owed):
+    """The way to one peer: one worker at a time sends on it, and nobody tries it while it is not due.
+
+    `attempts` counts how often in a row the peer was not reached, `reason` says why.
+    """
+
+    __tablename__ = "lines"
+
+    peer: Mapped[str] = mapped_column(Text, unique=True)
+    silent_since: Mapped[float | None] = mapped_column(default=None)
+
+
+class Commitment(Base):
+    """A storage commitment transaction (PS3.4 J.3): written down before it goes out, so that any answer finds it."""
+
+    __tablename__ = "commitments"
+
+    transaction_uid: Mapped[str] = mapped_column(Text, primary_key=True)
+    peer: Mapped[str] = mapped_column(Text)
+    asked_at: Mapped[float]
+    answered_at: Mapped[float | None] = mapped_column(default=None)
 
 
 class Event(Base):
@@ -184,8 +224,14 @@ class Event(Base):
     series: Mapped[Series] = relationship(back_populates="events")
 
 
-_TABLE: dict[Work, type[Owed]] = {"analyse": Analysis, "deliver": Delivery}
-_ATTEMPTS: dict[Work, int] = {"analyse": MAX_ANALYSIS_ATTEMPTS, "deliver": MAX_DELIVERY_ATTEMPTS}
+_TABLE: dict[Work, type[Owed]] = {"analyse": Analysis, "deliver": Delivery, "line": Line}
+#: Urgent analyses before the rest, then the oldest.
+_FIRST = (Analysis.urgent.desc(), Analysis.due_at, Analysis.id)
+_ATTEMPTS: dict[Work, int] = {
+    "analyse": MAX_ANALYSIS_ATTEMPTS,
+    "deliver": MAX_DELIVERY_ATTEMPTS,
+    "line": 1 << 62,  # as long as it takes
+}
 
 
 class LeaseLost(RuntimeError):  # noqa: N818 - says what happened, as KeyboardInterrupt does
@@ -212,13 +258,13 @@ class Ledger:
         with self._sessions.begin() as session:
             yield session
 
-    def migrate(self) -> None:
+    def migrate(self, revision: str = "head") -> None:
         """Bring the tables to this version's form; safe to call from several processes at once."""
         settings = alembic.config.Config()
         settings.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with _migration_lock(self.engine), self.engine.connect() as connection:
             settings.attributes["connection"] = connection
-            alembic.command.upgrade(settings, "head")
+            alembic.command.upgrade(settings, revision)
             connection.commit()
 
     def tell(self, session: Session, series_id: int, stage: str, text: str) -> None:
@@ -256,21 +302,54 @@ class Ledger:
             complete = session.scalar(select(Series.complete).where(*mine).order_by(Series.id.desc()).limit(1))
         return complete is False
 
-    def owed(self, work: Work, limit: int = 500) -> list[int]:
-        """Work that nobody has and for which no bell was rung lately, oldest first; marks it as rung.
+    def analyses_owed(self, limit: int = 500) -> list[int]:
+        """Analyses that nobody has and for which no bell was rung lately, most urgent first; marks them as rung.
 
         Rows whose workers died at every attempt are set aside on the way.
         """
-        now, table = time.time(), _TABLE[work]
+        now = time.time()
         with self() as session:
-            dead = and_(_free(table, now), table.attempts >= _ATTEMPTS[work])
-            for row in session.scalars(select(table).where(dead)):
-                self.set_aside(session, row, f"its worker died or overran its lease {row.attempts} times")
-            session.flush()
-            ready = select(table.id).where(_free(table, now), table.rung_at < now - RING_AGAIN_S)
-            ids = list(session.scalars(ready.order_by(table.due_at, table.id).limit(limit)))
-            session.execute(update(table).where(table.id.in_(ids)).values(rung_at=now))
+            self._bury(session, "analyse", now)
+            ready = select(Analysis.id).where(free(Analysis, now), _unheard(Analysis, now))
+            ids = list(session.scalars(ready.order_by(*_FIRST).limit(limit)))
+            session.execute(update(Analysis).where(Analysis.id.in_(ids)).values(rung_at=now))
         return ids
+
+    def peers_owed(self) -> list[str]:
+        """Peers whose line is free, to whom something is due and for whom no bell was rung lately; marks them as rung.
+
+        Deliveries whose workers died at every attempt are set aside on the way.
+        """
+        now = time.time()
+        with self() as session:
+            self._bury(session, "deliver", now)
+            names = list(session.scalars(select(Delivery.peer).where(free(Delivery, now)).distinct()))
+            for name in names:
+                _line(session, name)
+            session.flush()
+            ready = select(Line).where(Line.peer.in_(names), free(Line, now), _unheard(Line, now))
+            lines = list(session.scalars(ready.order_by(Line.id)))
+            for line in lines:
+                line.rung_at = now
+        return [line.peer for line in lines]
+
+    def next_analysis(self, row: int) -> int:
+        """The analysis that a bell for `row` is answered with: one that is more urgent, else that row, else the oldest.
+
+        There are as many bells as rows, so what is passed over is not forgotten.
+        """
+        with self() as session:
+            query = select(Analysis.id, Analysis.urgent).where(free(Analysis, time.time())).order_by(*_FIRST)
+            ready = session.execute(query).all()
+        if not ready or (not ready[0].urgent and any(one.id == row for one in ready)):
+            return row
+        return int(ready[0].id)
+
+    def _bury(self, session: Session, work: Work, now: float) -> None:
+        table = _TABLE[work]
+        for row in session.scalars(select(table).where(free(table, now), table.attempts >= _ATTEMPTS[work])):
+            self.set_aside(session, row, f"its worker died or overran its lease {row.attempts} times")
+        session.flush()
 
     def set_aside(self, session: Session, row: Owed, reason: str) -> None:
         """End work whose attempts are used up. An analysis of which the study is to be told stays owed for that."""
@@ -281,16 +360,6 @@ class Ledger:
             row.state, row.finished_at = "failed", time.time()
         work = "analysis" if isinstance(row, Analysis) else "delivery"
         self.tell(session, _series_id(row), work, f"set aside: {reason}")
-
-    def peer_answers(self, peer: str, answers: bool, due_at: float) -> None:
-        """Let what waits for a peer wait with the first that did not reach it, or go on with the first that did."""
-        waiting = (Delivery.peer == peer, Delivery.state == "waiting")
-        with self() as session:
-            if answers:
-                late = update(Delivery).where(*waiting, Delivery.due_at > due_at)
-                session.execute(late.values(due_at=due_at, rung_at=0.0))
-            else:
-                session.execute(update(Delivery).where(*waiting, Delivery.due_at < due_at).values(due_at=due_at))
 
     @contextmanager
     def lease(self, work: Work, row: int) -> Iterator[Lease | None]:
@@ -316,24 +385,47 @@ class Ledger:
                 raise
             lease.put_back("handed back")
 
+    @contextmanager
+    def line(self, peer: str) -> Iterator[LineLease | None]:
+        """Take the line to a peer for the length of the block; None when another worker has it or it is not due."""
+        with self() as session:
+            row = _line(session, peer)
+            session.flush()
+            number = row.id
+        lease = LineLease(self, "line", number)
+        if not lease.take():
+            yield None
+            return
+        with lease.renewed():
+            try:
+                yield lease
+            finally:
+                lease.hand_back()
+
     def series_ids(self) -> list[int]:
         """Row numbers of all series."""
         with self() as session:
             return list(session.scalars(select(Series.id).order_by(Series.id)))
 
     def retry(self, series_id: int) -> int:
-        """Owe again all work of a series that ended as failed or refused; gives the number of rows."""
+        """Owe again all work of a series that ended as failed or refused, now; gives the number of rows."""
         with self() as session:
             analyses = select(Analysis.id).where(Analysis.series_id == series_id)
             objects = select(Object.id).where(Object.analysis_id.in_(analyses))
+            ended: dict[str, Any] = {"state": "waiting", "attempts": 0, "reason": "retried by hand"}
+            now: dict[str, Any] = {"due_at": 0.0, "rung_at": 0.0}
+            anew: dict[type[Owed], dict[str, Any]] = {
+                Analysis: {"gave_up": None},
+                Delivery: {"stored_at": None, "asks": 0, "finished_at": None},
+            }
             count = 0
             for table, mine in ((Analysis, Analysis.id.in_(analyses)), (Delivery, Delivery.object_id.in_(objects))):
-                waiting_long = and_(table.state == "waiting", table.attempts > 0)
-                again = update(table).where(mine, or_(table.state.in_(("failed", "refused")), waiting_long))
-                fresh: dict[str, Any] = {"state": "waiting", "attempts": 0, "due_at": 0.0, "rung_at": 0.0}
-                if table is Analysis:
-                    fresh["gave_up"] = None
-                count += session.execute(again.values(**fresh, reason="retried by hand")).rowcount  # type: ignore[attr-defined]
+                # What waits with a reason waits for its next attempt, or for a peer that was silent.
+                late = update(table).where(mine, table.state == "waiting", table.reason != "")
+                count += _rows(session.execute(late.values(now)))
+                over = update(table).where(mine, table.state.in_(("failed", "refused")))
+                count += _rows(session.execute(over.values(ended | now | anew[table])))
+            session.execute(update(Line).where(Line.state == "waiting").values(now))
             if count:
                 self.tell(session, series_id, "retry", f"{count} owed again by hand")
         return count
@@ -351,12 +443,11 @@ class Lease:
     def take(self) -> bool:
         """Claim the row: false when it is done, not due, or held by another."""
         now = time.time()
-        may = and_(_free(self._table, now), self._table.attempts < _ATTEMPTS[self._work])
+        may = and_(free(self._table, now), self._table.attempts < _ATTEMPTS[self._work])
         claim = update(self._table).where(self._table.id == self.row, may)
         values = {"state": "running", "lease_owner": self.owner, "lease_until": now + LEASE_S}
         with self._ledger() as session:
-            taken = session.execute(claim.values(**values, attempts=self._table.attempts + 1))
-            return bool(taken.rowcount)  # type: ignore[attr-defined]
+            return bool(_rows(session.execute(claim.values(**values, attempts=self._table.attempts + 1))))
 
     @contextmanager
     def renewed(self) -> Iterator[None]:
@@ -384,7 +475,7 @@ class Lease:
         with self._ledger() as session:
             end = update(self._table).where(self._mine)
             values = {"state": state, "reason": reason, "finished_at": time.time(), "lease_owner": None}
-            if not session.execute(end.values(**values, lease_until=0.0)).rowcount:  # type: ignore[attr-defined]
+            if not _rows(session.execute(end.values(**values, lease_until=0.0))):
                 raise LeaseLost(f"{self._work} {self.row}: the lease ran out and another worker took over")
             yield session
 
@@ -412,6 +503,51 @@ class Lease:
             return row.due_at
 
 
+class LineLease(Lease):
+    """A worker's hold on the line to a peer."""
+
+    def answered(self) -> None:
+        """The peer answers: what waits for it goes on."""
+        with self._ledger() as session:
+            line = session.scalar(select(Line).where(self._mine))
+            if line is None:
+                return
+            if line.silent_since is not None:
+                waiting = (Delivery.peer == line.peer, Delivery.state == "waiting", Delivery.reason == line.reason)
+                session.execute(update(Delivery).where(*waiting).values(reason=""))
+                self._tell_waiting(session, line, f"{line.peer} answers again")
+            line.attempts, line.reason, line.silent_since = 0, "", None
+
+    def silent(self, reason: str) -> None:
+        """The peer was not reached: nobody tries it before a backoff, and what waits for it says so."""
+        with self._ledger() as session:
+            line = session.scalar(select(Line).where(self._mine))
+            if line is None:
+                return
+            now = time.time()
+            waiting = (Delivery.peer == line.peer, Delivery.state == "waiting", Delivery.attempts == 0)
+            session.execute(update(Delivery).where(*waiting).values(reason=reason))
+            if line.silent_since is None:
+                line.silent_since = now
+                self._tell_waiting(session, line, f"not delivered yet, tried again until {line.peer} answers: {reason}")
+            line.state, line.lease_owner, line.lease_until, line.rung_at = "waiting", None, 0.0, 0.0
+            line.reason, line.due_at = reason, now + backoff_s("line", line.attempts)
+
+    def hand_back(self) -> None:
+        """Let others have the line, and the sweep ring for what came meanwhile; no-op after `silent`."""
+        with self._ledger() as session:
+            line = session.scalar(select(Line).where(self._mine))
+            if line is not None:
+                line.attempts = max(0, line.attempts - 1) if line.silent_since is not None else 0
+                line.state, line.lease_owner, line.lease_until, line.rung_at = "waiting", None, 0.0, 0.0
+
+    def _tell_waiting(self, session: Session, line: Line, text: str) -> None:
+        """An event line for each series of which something waits for this peer."""
+        series = select(Analysis.series_id).join(Object).join(Delivery)
+        for row in session.scalars(series.where(Delivery.peer == line.peer, Delivery.state == "waiting").distinct()):
+            self._ledger.tell(session, row, "delivery", text)
+
+
 def content_digest(sop_instance_uids: Iterable[str]) -> str:
     """Digest of a set of instances, whatever their order."""
     return hashlib.sha256("\n".join(sorted(set(sop_instance_uids))).encode()).hexdigest()
@@ -419,16 +555,37 @@ def content_digest(sop_instance_uids: Iterable[str]) -> str:
 
 def backoff_s(work: Work, attempts: int, jitter: Callable[[], float] = random.random) -> float:
     """Seconds to wait before the next attempt, after `attempts` of them."""
-    first, factor = BACKOFF[work]
-    return float(min(first * factor ** min(attempts - 1, 30), MAX_BACKOFF_S) * (1 + jitter() / 5))
+    first, factor, most = BACKOFF[work]
+    return float(min(first * factor ** min(attempts - 1, 30), most) * (1 + jitter() / 5))
 
 
-def _free(table: type[Owed], now: float) -> ColumnElement[bool]:
-    """Whether a row is owed and nobody holds it."""
+def free(table: type[Owed], now: float) -> ColumnElement[bool]:
+    """Whether a row is owed and nobody holds it.
+
+    A time further ahead than we ever set one was written by a clock that has since been put back.
+    """
     return or_(
-        and_(table.state == "waiting", table.due_at <= now),
-        and_(table.state == "running", table.lease_until <= now),
+        and_(table.state == "waiting", or_(table.due_at <= now, table.due_at > now + 2 * MAX_BACKOFF_S)),
+        and_(table.state == "running", or_(table.lease_until <= now, table.lease_until > now + 2 * LEASE_S)),
     )
+
+
+def _unheard(table: type[Owed], now: float) -> ColumnElement[bool]:
+    """Whether no bell was rung for a row lately."""
+    return or_(table.rung_at < now - RING_AGAIN_S, table.rung_at > now)
+
+
+def _line(session: Session, peer: str) -> Line:
+    found = session.scalar(select(Line).where(Line.peer == peer))
+    if found is None:
+        found = Line(peer=peer)
+        session.add(found)
+    return found
+
+
+def _rows(result: Any) -> int:
+    """Rows that an UPDATE changed."""
+    return int(result.rowcount)
 
 
 def _series_id(row: Owed) -> int:

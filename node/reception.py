@@ -8,9 +8,10 @@ import time
 from typing import IO
 
 import structlog
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
 from sqlalchemy import func, select
 
+from node.delivery import commitment, superseding
 from node.intake.assembly import Assembly, AssociationId, ClosedSeries
 from node.intake.listener import Listener, ListenerOptions
 from node.intake.spool import Spool
@@ -50,6 +51,7 @@ def intake(here: Node) -> Listener:
     )
     _take_up(here, spool, assembly)
     senders = {peer.ae_title for peer in here.settings.peers_that_may("send").values()}
+    senders |= commitment.reporters(here.settings)
     options = ListenerOptions(
         ae_title=me.ae_title,
         host=me.host,
@@ -58,7 +60,8 @@ def intake(here: Node) -> Listener:
         max_associations=me.max_associations,
         transport=me.transport,
     )
-    return Listener(options, spool, assembly)
+    contexts, handlers = commitment.services(here.ledger, here.settings)
+    return Listener(options, spool, assembly, contexts=contexts, handlers=handlers)
 
 
 def series_closed(here: Node, closed: ClosedSeries) -> None:
@@ -68,9 +71,11 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
         header = dcmread(closed.paths[0], stop_before_pixels=True)
         names = here.settings.peer_names(closed.calling_ae)
         route = next((route for route in here.settings.routes if route.takes(names, header)), None)
+        urgent = _urgent(header) or (route is not None and route.urgent)
     except Exception as error:
         # Whatever is wrong with its header, the series must come to an end that can be seen.
-        verdict, route = Verdict(False, f"not analysed: its header cannot be read ({logs.plainly(error)})"), None
+        verdict = Verdict(False, f"not analysed: its header cannot be read ({logs.plainly(error)})")
+        route, urgent = None, False
     not_analysed = None
     if not verdict.analyse:
         decision = verdict.reason
@@ -103,15 +108,23 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
             series.analyses.append(
                 Analysis(
                     route=route.name,
+                    urgent=urgent,
                     destinations=destinations,
                     tell=route.tell_not_analysed,
                     not_analysed=not_analysed,
                 )
             )
         session.flush()
+        superseding.drop_waiting(here.ledger, session, series)
         bells = [analysis.id for analysis in series.analyses]
     log.info("triaged", series=closed.series_instance_uid, decision=decision)
     ring("analyse", bells)
+
+
+def _urgent(header: Dataset) -> bool:
+    """Whether the Requested Procedure Priority (0040,1003) says so, of the image or of its request (PS3.3 C.4.11)."""
+    requests = header.get("RequestAttributesSequence") or ()
+    return any(str(one.get("RequestedProcedurePriority") or "") in ("STAT", "HIGH") for one in (header, *requests))
 
 
 def _take_up(here: Node, spool: Spool, assembly: Assembly) -> None:

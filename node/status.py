@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import selectinload
 
-from node.ledger import Analysis, Delivery, Ledger, Object, Series
+from node.ledger import Analysis, Delivery, Ledger, Line, Object, Series
 
 _WHOLE = select(Series).options(
     selectinload(Series.events),
@@ -23,7 +23,10 @@ _WHOLE = select(Series).options(
 #: Colours of states; each state is also told by its word.
 STYLE = {
     "delivered": "green",
+    "confirmed": "green",
+    "stored": "green",
     "kept": "dim",
+    "superseded": "dim",
     "waiting": "yellow",
     "running": "cyan",
     "delivering": "cyan",
@@ -51,7 +54,8 @@ def state(series: Series) -> str:
     if not series.analyses:
         return "kept"
     states = {analysis.state for analysis in series.analyses}
-    sent = {delivery.state for delivery in deliveries(series)}
+    owed = deliveries(series)
+    sent = {"stored" if _stored(delivery) else delivery.state for delivery in owed}
     for word in ("failed", "running"):
         if word in states:
             return word
@@ -59,9 +63,27 @@ def state(series: Series) -> str:
         return "waiting"
     if sent & {"waiting", "running"}:
         return "delivering"
-    if sent & {"failed", "refused"}:
-        return "failed" if "failed" in sent else "refused"
-    return "not analysed" if "refused" in states else "delivered"
+    for word in ("failed", "refused", "stored"):
+        if word in sent:
+            return word
+    if states == {"superseded"} or sent == {"superseded"}:
+        return "superseded"
+    if "refused" in states:
+        return "not analysed"
+    return "confirmed" if owed and sent <= {"confirmed", "superseded"} else "delivered"
+
+
+def silent_peers(ledger: Ledger) -> list[str]:
+    """A line for each peer that does not answer: since when, why, what waits for it, and when it is tried again."""
+    waits = (Delivery.peer == Line.peer, Delivery.state == "waiting", Delivery.stored_at.is_(None))
+    count = select(func.count(Delivery.id)).where(*waits).scalar_subquery()
+    query = select(Line, count).where(Line.silent_since.is_not(None)).order_by(Line.peer)
+    with ledger() as session:
+        return [
+            f"{line.peer} is silent since {_time(line.silent_since or 0.0, '%d %b %H:%M')}: {line.reason}; "
+            f"{waiting} objects wait, next try {_time(line.due_at, '%H:%M:%S')}"
+            for line, waiting in session.execute(query)
+        ]
 
 
 def table(series: list[Series]) -> Table:
@@ -79,7 +101,7 @@ def table(series: list[Series]) -> Table:
         made.add_column(name, **options)
     for one in series:
         word, owed = state(one), deliveries(one)
-        done = sum(delivery.state == "done" for delivery in owed)
+        done = sum(delivery.state in ("done", "confirmed") or _stored(delivery) for delivery in owed)
         made.add_row(
             str(one.id),
             _time(one.closed_at, "%d %b %H:%M"),
@@ -195,12 +217,22 @@ def deliveries(series: Series) -> list[Delivery]:
 def _what(series: Series) -> str:
     """The most telling line: what failed, else what was found, else what was decided."""
     for work in (*deliveries(series), *series.analyses):
-        if work.state in ("failed", "refused") or (work.state == "waiting" and work.reason):
+        waits = work.state == "waiting" and work.reason and not (isinstance(work, Delivery) and _stored(work))
+        if waits or work.state in ("failed", "refused"):
             return work.reason
     return series.analyses[0].reason or series.verdict if series.analyses else series.verdict
 
 
+def _stored(delivery: Delivery) -> bool:
+    """Whether the peer has the object and is yet to commit to it."""
+    return delivery.state in ("waiting", "running") and delivery.stored_at is not None
+
+
 def _owed(work: Analysis | Delivery) -> str:
+    if isinstance(work, Delivery) and _stored(work):
+        return f"{work.reason}; confirmation asked for {work.asks} times, next at {_time(work.due_at, '%H:%M:%S')}"
+    if work.state == "waiting" and work.reason and not work.attempts:
+        return work.reason
     if work.state == "waiting" and work.attempts:
         return f"tried {work.attempts} times, next at {_time(work.due_at, '%H:%M:%S')}: {work.reason}"
     return {"waiting": "waiting for a worker", "running": "under way"}.get(work.state, work.reason)

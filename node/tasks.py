@@ -7,30 +7,32 @@ and writes the outcome in one transaction. A bell that is lost is rung again by 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 from celery import Celery, signals
 from kombu.exceptions import OperationalError
 from pydicom import dcmread
+from redis.exceptions import RedisError
+from sqlalchemy.orm import Session
 
 from models.registry import load_bundle
-from node import results
+from node import results, retention
 from node.analysis import pipeline
 from node.analysis.findings import Findings
 from node.analysis.summary import summary
 from node.analysis.volume import VolumeError
 from node.config import Settings, load
-from node.delivery.peer import PeerError
-from node.delivery.push import push
-from node.ledger import Analysis, Delivery, Ledger, Object, Series, State, Work
+from node.delivery import superseding
+from node.delivery.outbox import Outbox
+from node.ledger import Analysis, Delivery, Ledger, Object, Series, State
 from node.telemetry import logs
 
 if TYPE_CHECKING:
@@ -48,6 +50,14 @@ ANALYSIS_LIMIT_S = 3600
 #: Seconds between two looks at what the ledger still owes.
 SWEEP_S = 2.0
 
+#: Sweeps between two looks at how full the disk is, and between two clearings of what is old.
+PRESSURE_SWEEPS = 300
+RETENTION_SWEEPS = 1800
+
+#: Analyses after which the process that does them is replaced, so that what a library leaks is bounded. Loading the
+#: networks anew takes a few seconds.
+ANALYSES_A_PROCESS = 100
+
 #: Bells in a queue above which the sweep adds none: they would only pile up.
 FULL_QUEUE = 100
 
@@ -60,9 +70,11 @@ app.conf.update(
     task_create_missing_queues=True,
     task_routes={"analyse": "analyse", "deliver": "deliver"},
     worker_prefetch_multiplier=1,
+    worker_max_tasks_per_child=ANALYSES_A_PROCESS,
     worker_hijack_root_logger=False,
     broker_connection_retry_on_startup=True,
-    broker_transport_options={"socket_connect_timeout": 2, "socket_timeout": 30},
+    broker_connection_max_retries=None,  # a broker that is gone for a day must not end the workers
+    broker_transport_options={"socket_connect_timeout": 2, "socket_timeout": 15},
 )
 
 
@@ -108,19 +120,26 @@ def segmenter(device: str) -> Segmenter:
     return Segmenter(load_bundle("lungs"), load_bundle("infection"), chosen)
 
 
-def _task(name: Work, **options: Any) -> Callable[[Callable[[int], None]], Any]:
+#: Set when this process is to end.
+_stopping = threading.Event()
+
+#: What a bell is rung for: an analysis by its row, a delivery by the peer to whom something is owed.
+Bell = Literal["analyse", "deliver"]
+
+
+def _task(name: Bell, **options: Any) -> Callable[[Callable[[Any], None]], Any]:
     """A Celery task that never raises: Celery would log the exception's text, which may hold patient data.
 
     What went wrong stands in the ledger by then, which owes the work again.
     """
 
-    def register(function: Callable[[int], None]) -> Any:
+    def register(function: Callable[[Any], None]) -> Any:
         @functools.wraps(function)
-        def quiet(row: int) -> None:
+        def quiet(what: Any) -> None:
             try:
-                function(row)
+                function(what)
             except Exception as error:
-                log.error(f"{name} failed", row=row, error=logs.plainly(error))
+                log.error(f"{name} failed", what=what, error=logs.plainly(error))
 
         return app.task(name=name, **options)(quiet)
 
@@ -129,8 +148,9 @@ def _task(name: Work, **options: Any) -> Callable[[Callable[[int], None]], Any]:
 
 @_task("analyse", time_limit=ANALYSIS_LIMIT_S)
 def analyse(row: int) -> None:
-    """Analyse a series, make its objects, and owe them to the peers of its route."""
-    here, bells = node(), list[int]()
+    """Analyse a series, or one that is more urgent, make its objects, and owe them to the peers of its route."""
+    here, bells = node(), set[str]()
+    row = here.ledger.next_analysis(row)
     with here.ledger.lease("analyse", row) as lease:
         if lease is None:
             return
@@ -144,48 +164,27 @@ def analyse(row: int) -> None:
             analysis.objects += [_as_row(here, one, analysis.destinations) for one in new]
             here.ledger.tell(session, analysis.series_id, "analysis", made.reason)
             session.flush()
-            bells = [delivery.id for one in analysis.objects for delivery in one.deliveries]
+            superseding.supersede(here.ledger, session, analysis, {one.sop_instance_uid for one in made.objects})
+            session.flush()
+            analysis.objects += _rejection_notes(here, session, analysis, work)
+            bells = {delivery.peer for one in analysis.objects for delivery in one.deliveries}
         log.info("analysed", series=work.series_uid, outcome=made.reason)
     ring("deliver", bells)
 
 
 @_task("deliver")
-def deliver(row: int) -> None:
-    """Send one object to one peer."""
+def deliver(peer: str) -> None:
+    """Send what is owed to a peer."""
     here = node()
-    with here.ledger.lease("deliver", row) as lease:
-        if lease is None:
-            return
-        with here.ledger() as session:
-            delivery = session.get_one(Delivery, row)
-            path, kind, name = here.results / delivery.object.path, delivery.object.kind, delivery.peer
-            series_id = delivery.object.analysis.series_id
-        peer = here.settings.peers.get(name)
-        state: State = "done"
-        try:
-            if peer is None:
-                raise PeerError("the settings name no such peer", permanent=True)
-            warning = push(path, peer, here.settings.listener.ae_title)
-            outcome = f"{kind} delivered to {name}" + (f" ({warning})" if warning else "")
-        except PeerError as error:
-            if not error.permanent:
-                log.warning("not delivered, will try again", kind=kind, peer=name, because=str(error))
-                due_at = lease.put_back(str(error))
-                if not error.reached:
-                    here.ledger.peer_answers(name, False, due_at)
-                return
-            state, outcome = "refused", f"{kind} refused by {name}: {error}"
-        with lease.finish(state, outcome) as session:
-            here.ledger.tell(session, series_id, "delivery", outcome)
-        here.ledger.peer_answers(name, True, time.time())
-        log.info("delivery", outcome=outcome)
+    me = here.settings.listener.ae_title
+    Outbox(here.ledger, here.results, peer, here.settings.peers.get(peer), me, _stopping).work_off()
 
 
-def ring(work: Work, rows: Iterable[int]) -> None:
+def ring(bell: Bell, what: Iterable[int | str]) -> None:
     """Tell the workers of work; without a broker it is left to the sweep."""
     try:
-        for row in rows:
-            app.send_task(work, (row,))
+        for one in what:
+            app.send_task(bell, (one,))
     except OperationalError:
         log.warning("the broker does not answer; the sweep will ring again")
 
@@ -194,13 +193,14 @@ def sweep(here: Node) -> None:
     """Ring again for what the ledger owes and nobody works on; harmless in any number of processes."""
     try:
         with app.connection_for_write(connect_timeout=2) as connection:
-            waiting: dict[Work, int] = {work: _length(connection, work) for work in ("analyse", "deliver")}
-    except OperationalError:
+            analyses, deliveries = (_length(connection, queue) for queue in ("analyse", "deliver"))
+    except (OperationalError, RedisError):
         log.warning("the broker does not answer; nothing is lost, work goes on when it is back")
         return
-    for work, bells in waiting.items():
-        if bells < FULL_QUEUE:
-            ring(work, here.ledger.owed(work))
+    if analyses < FULL_QUEUE:
+        ring("analyse", here.ledger.analyses_owed())
+    if deliveries < FULL_QUEUE:
+        ring("deliver", here.ledger.peers_owed())
 
 
 class Sweeper(threading.Thread):
@@ -213,8 +213,14 @@ class Sweeper(threading.Thread):
 
     def run(self) -> None:
         """Sweep; an error is told and the next sweep goes on."""
-        while not self._stop_asked.wait(SWEEP_S):
+        for n in itertools.count():
+            if self._stop_asked.wait(SWEEP_S):
+                return
             try:
+                if n % PRESSURE_SWEEPS == 0 and (warning := retention.pressure(self._here.settings)):
+                    log.warning("the disk fills up", what=warning)
+                if n % RETENTION_SWEEPS == RETENTION_SWEEPS - 1:
+                    retention.drop_old(self._here.settings, self._here.ledger)
                 sweep(self._here)
             except Exception as error:
                 log.error("sweep failed", error=logs.plainly(error))
@@ -331,6 +337,21 @@ def _as_row(here: Node, made: results.ResultObject, destinations: dict[str, list
     )
 
 
+def _rejection_notes(here: Node, session: Session, analysis: Analysis, work: _Work) -> list[Object]:
+    """Notes that name what the objects of this analysis outdate, one for each peer that acts on them."""
+    notes = []
+    for n, (name, peer) in enumerate(sorted(here.settings.peers_that_may("receive").items())):
+        outdated = superseding.outdated_at(session, analysis, name) if peer.rejection_notes else []
+        if outdated:
+            named = [(one.sop_class_uid, one.sop_instance_uid, one.series_instance_uid) for one in outdated]
+            header = dcmread(work.paths[0], stop_before_pixels=True)
+            made = results.rejection_note(header, named, work.folder, f"rejection-note-{n}", work.content_at)
+            row = _as_row(here, made, {})
+            row.kind, row.deliveries = "rejection-note", [Delivery(peer=name)]
+            notes.append(row)
+    return notes
+
+
 def _length(connection: Any, queue: str) -> int:
     """Bells waiting in a queue; 0 for a queue that does not exist yet."""
     return int(connection.default_channel.client.llen(queue))
@@ -346,3 +367,8 @@ def _child_opens_its_own(**_: Any) -> None:
     node.cache_clear()
     # Torch's threads spin between operations unless told otherwise, and take the other worker's core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def _finish_what_is_under_way(**_: Any) -> None:
+    _stopping.set()

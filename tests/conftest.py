@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -19,6 +20,11 @@ from typing import Any
 import httpx
 import hypothesis
 import pytest
+
+from node import ledger as ledger_module
+from node.delivery import outbox as outbox_module
+from node.delivery import peer as peer_module
+from node.ledger import Ledger
 
 # A machine that is busy with other work is no reason to fail.
 hypothesis.settings.register_profile("lungnode", deadline=None)
@@ -46,6 +52,33 @@ def fault_seed() -> int:
     seed = int(os.environ.get("LUNGNODE_FAULT_SEED", 1))
     print(f"LUNGNODE_FAULT_SEED={seed}")
     return seed
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    """An empty ledger on disk."""
+    made = Ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
+    made.migrate()
+    yield made
+    made.engine.dispose()
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """An empty folder of results."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Waits of the delivery that a test has time for."""
+    monkeypatch.setattr(outbox_module, "LINGER_S", 0.0)
+    monkeypatch.setattr(peer_module, "TIMEOUT_S", 2.0)
+    monkeypatch.setattr(ledger_module, "backoff_s", lambda _work, attempts: 0.05 * attempts)
+    yield
+    gc.collect()  # sockets that pynetdicom dropped, while the test's filter of warnings is in force
 
 
 def free_port() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -54,14 +53,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    made = Ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
-    made.migrate()
-    yield made
-    made.engine.dispose()
-
-
 def add_series(ledger: Ledger, *sops: str, uid: str = "1.2", complete: bool = True) -> int | None:
     with ledger() as session:
         row = ledger.add_series(
@@ -78,11 +69,11 @@ def add_series(ledger: Ledger, *sops: str, uid: str = "1.2", complete: bool = Tr
         return row.id if row else None
 
 
-def add_analysis(ledger: Ledger, tell: bool = False) -> int:
-    series = add_series(ledger)
+def add_analysis(ledger: Ledger, tell: bool = False, uid: str = "1.2", urgent: bool = False) -> int:
+    series = add_series(ledger, uid=uid)
     assert series is not None
     with ledger() as session:
-        row = Analysis(series_id=series, route="chest-ct", destinations={"pacs": ["sr"]}, tell=tell)
+        row = Analysis(series_id=series, route="chest-ct", destinations={"pacs": ["sr"]}, tell=tell, urgent=urgent)
         session.add(row)
         session.flush()
         return row.id
@@ -181,18 +172,18 @@ def test_attempts_are_capped_and_retry_brings_it_back(ledger: Ledger, clock: Clo
             raise OSError("disk")
         clock.now += 2 * MAX_BACKOFF_S
     assert state(ledger, row).state == "failed"
-    assert ledger.owed("analyse") == []
+    assert ledger.analyses_owed() == []
     assert ledger.retry(state(ledger, row).series_id) == 1
-    assert ledger.owed("analyse") == [row]
+    assert ledger.analyses_owed() == [row]
 
 
 def test_dead_workers_are_overtaken_and_then_given_up(ledger: Ledger, clock: Clock) -> None:
     row = add_analysis(ledger)
     for _ in range(MAX_ANALYSIS_ATTEMPTS):
         assert Lease(ledger, "analyse", row).take()  # and its worker dies
-        assert ledger.owed("analyse") == []
+        assert ledger.analyses_owed() == []
         clock.now += LEASE_S
-    assert ledger.owed("analyse") == []
+    assert ledger.analyses_owed() == []
     assert state(ledger, row).state == "failed"
     with ledger() as session:
         last = session.query(Event).order_by(Event.id.desc()).first()
@@ -235,10 +226,10 @@ def test_lease_is_renewed_while_work_goes_on(ledger: Ledger, monkeypatch: pytest
 
 def test_sweep_rings_once_in_a_while(ledger: Ledger, clock: Clock) -> None:
     row = add_analysis(ledger)
-    assert ledger.owed("analyse") == [row]
-    assert ledger.owed("analyse") == []
+    assert ledger.analyses_owed() == [row]
+    assert ledger.analyses_owed() == []
     clock.now += RING_AGAIN_S + 1
-    assert ledger.owed("analyse") == [row]
+    assert ledger.analyses_owed() == [row]
 
 
 def test_object_is_owed_to_a_peer_once(ledger: Ledger) -> None:
@@ -255,11 +246,12 @@ def test_object_is_owed_to_a_peer_once(ledger: Ledger) -> None:
         session.add(Delivery(object_id=object_id, peer="pacs"))
 
 
-@pytest.mark.parametrize("work", ["analyse", "deliver"])
+@pytest.mark.parametrize("work", ["analyse", "deliver", "line"])
 @pytest.mark.parametrize("attempts", [1, 2, 5, 10, 80])
 def test_backoff_grows_up_to_its_bound(work: Work, attempts: int) -> None:
-    first, factor = BACKOFF[work]
-    assert backoff_s(work, attempts, lambda: 0.0) == min(first * factor ** (attempts - 1), MAX_BACKOFF_S)
+    first, factor, most = BACKOFF[work]
+    assert most <= MAX_BACKOFF_S
+    assert backoff_s(work, attempts, lambda: 0.0) == min(first * factor ** (attempts - 1), most)
     assert backoff_s(work, attempts, lambda: 1.0) == pytest.approx(1.2 * backoff_s(work, attempts, lambda: 0.0))
 
 
@@ -276,7 +268,7 @@ def test_analysis_that_is_given_up_stays_owed_until_the_study_is_told(ledger: Le
         assert lease is not None
         with lease.finish("failed", "told"):
             pass
-    assert ledger.owed("analyse") == []
+    assert ledger.analyses_owed() == []
     ledger.retry(given_up.series_id)
     assert state(ledger, row).gave_up is None
 
@@ -286,33 +278,123 @@ def test_worker_that_is_stopped_hands_back_without_an_attempt(ledger: Ledger) ->
     with pytest.raises(KeyboardInterrupt), ledger.lease("analyse", row):
         raise KeyboardInterrupt
     assert (state(ledger, row).state, state(ledger, row).attempts) == ("waiting", 0)
-    assert ledger.owed("analyse") == [row]
+    assert ledger.analyses_owed() == [row]
 
 
-def test_what_waits_for_a_peer_waits_and_goes_on_together(ledger: Ledger, clock: Clock) -> None:
-    row = add_analysis(ledger)
+def add_deliveries(ledger: Ledger, analysis: int, *peers: str, objects: int = 3) -> None:
     uids = {"sop_class_uid": "1", "series_instance_uid": "1", "path": "x", "kind": "sr"}
     with ledger() as session:
-        for n in range(3):
-            made = Object(analysis_id=row, sop_instance_uid=f"1.{n}", **uids)
-            made.deliveries = [Delivery(peer="dead"), Delivery(peer="alive")]
+        for n in range(objects):
+            made = Object(analysis_id=analysis, sop_instance_uid=f"1.{n}", **uids)
+            made.deliveries = [Delivery(peer=peer) for peer in peers]
             session.add(made)
-    first = ledger.owed("deliver")[0]
-    with ledger.lease("deliver", first) as lease:
-        assert lease is not None
-        due_at = lease.put_back("no connection")
-    ledger.peer_answers("dead", False, due_at)
+
+
+def test_line_to_a_silent_peer_is_not_due_and_says_why(ledger: Ledger, clock: Clock) -> None:
+    add_deliveries(ledger, add_analysis(ledger), "dead", "alive")
+    assert ledger.peers_owed() == ["dead", "alive"]
+    assert ledger.peers_owed() == []
+    with ledger.line("dead") as line:
+        assert line is not None
+        with ledger.line("dead") as second:
+            assert second is None
+        line.silent("no connection")
     clock.now += RING_AGAIN_S + 1
-    assert len(ledger.owed("deliver")) == 6  # the first backoff is short
-    clock.now += 1
+    with ledger.line("dead") as line:
+        assert line is not None
+        line.silent("no connection")
+    with ledger.line("dead") as line:
+        assert line is None
     with ledger() as session:
-        due = {d.peer: d.due_at for d in session.query(Delivery)}
-    assert (due["dead"], due["alive"]) == (due_at, 0.0)
-    ledger.peer_answers("dead", False, clock.now + 1000)
-    clock.now += RING_AGAIN_S + 1
-    assert len(ledger.owed("deliver")) == 3
-    ledger.peer_answers("dead", True, clock.now)
-    assert len(ledger.owed("deliver")) == 3
+        reasons = {(d.peer, d.reason, d.attempts) for d in session.query(Delivery)}
+        told = [event.text for event in session.query(Event)]
+    assert reasons == {("dead", "no connection", 0), ("alive", "", 0)}
+    assert told == ["not delivered yet, tried again until dead answers: no connection"]
+    assert ledger.peers_owed() == ["alive"]
+    clock.now += 2 * BACKOFF["line"][2]
+    with ledger.line("dead") as line:
+        assert line is not None
+        line.answered()
+    with ledger() as session:
+        assert {d.reason for d in session.query(Delivery)} == {""}
+        assert [event.text for event in session.query(Event)][1:] == ["dead answers again"]
+    assert ledger.peers_owed() == ["dead", "alive"]
+
+
+def test_line_that_was_held_is_rung_for_at_once(ledger: Ledger) -> None:
+    add_deliveries(ledger, add_analysis(ledger), "pacs")
+    assert ledger.peers_owed() == ["pacs"]
+    with ledger.line("pacs") as line:
+        assert line is not None
+        assert ledger.peers_owed() == []
+    assert ledger.peers_owed() == ["pacs"]
+
+
+def test_retry_lets_a_silent_peer_be_tried_now(ledger: Ledger) -> None:
+    row = add_analysis(ledger)
+    add_deliveries(ledger, row, "dead")
+    with ledger.line("dead") as line:
+        assert line is not None
+        line.silent("no connection")
+    ledger.retry(state(ledger, row).series_id)
+    with ledger.line("dead") as line:
+        assert line is not None
+
+
+def test_urgent_analysis_overtakes_and_nothing_passed_over_is_forgotten(ledger: Ledger) -> None:
+    rows = [add_analysis(ledger, uid=f"1.{n}", urgent=n == 2) for n in range(3)]
+    assert ledger.analyses_owed() == [rows[2], rows[0], rows[1]]
+    order = []
+    for bell in rows:
+        row = ledger.next_analysis(bell)
+        with ledger.lease("analyse", row) as lease:
+            assert lease is not None
+            with lease.finish("done"):
+                order.append(row)
+    assert order == [rows[2], rows[1], rows[0]]
+    assert ledger.next_analysis(rows[0]) == rows[0]
+
+
+@pytest.mark.parametrize("jump", [-1e9, -86400.0, -600.0, 86400.0, 1e9])
+def test_clock_that_jumps_forgets_nothing(ledger: Ledger, clock: Clock, jump: float) -> None:
+    waits, held = add_analysis(ledger), Lease(ledger, "analyse", add_analysis(ledger, uid="9.9"))
+    assert held.take()
+    with pytest.raises(OSError, match="disk"), ledger.lease("analyse", waits):
+        raise OSError("disk")
+    add_deliveries(ledger, waits, "pacs")
+    with ledger.line("pacs") as line:
+        assert line is not None
+        line.silent("no connection")
+    clock.now += jump + 3 * MAX_BACKOFF_S  # at most so long after the jump, whichever way it went
+    assert ledger.peers_owed() == ["pacs"]
+    assert sorted(ledger.analyses_owed()) == sorted((waits, held.row))
+
+
+#: What a node of version 0.1 wrote: one series, its analysis to be done again, an object that waits for a peer.
+OLD_ROWS = """
+INSERT INTO series VALUES (1, '1.2', '1.1', 1, 'abc', 'CT', '["a.dcm"]', 1, 'even', 'route chest', 1000.0)
+INSERT INTO analyses VALUES (1, 'c', '{}', 1, NULL, NULL, 1000.0, NULL, 1, 'waiting', 1, NULL, 0, 0, 0, 'x', NULL)
+INSERT INTO objects VALUES (1, 1, 'sr', '1.5', '1.6', '1.7', 'x/sr.dcm')
+INSERT INTO deliveries VALUES (1, 'pacs', 1, 'waiting', 3, NULL, 0, 0, 0, 'no', NULL)
+INSERT INTO events VALUES (1, 1, 1000.0, 'received', 'one')
+"""
+
+
+def test_ledger_of_the_first_version_is_brought_up_with_all_that_it_owes(tmp_path: Path) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
+    ledger.migrate("0001")
+    with ledger.engine.begin() as connection:
+        for line in OLD_ROWS.strip().splitlines():
+            connection.exec_driver_sql(line)
+    ledger.migrate()
+    with ledger() as session:
+        assert session.scalar(text("PRAGMA foreign_key_check")) is None
+        (delivery,) = session.query(Delivery)
+        assert (delivery.object.analysis.series.verdict, delivery.object.analysis.urgent) == ("route chest", False)
+        assert (delivery.attempts, delivery.reason, delivery.stored_at, delivery.asks) == (3, "no", None, 0)
+    assert ledger.peers_owed() == ["pacs"]
+    assert ledger.analyses_owed() == [1]
+    ledger.engine.dispose()
 
 
 class Workers(RuleBasedStateMachine):
@@ -339,7 +421,8 @@ class Workers(RuleBasedStateMachine):
     @rule(target=leases)
     def take(self) -> Lease:
         lease = Lease(self.ledger, "analyse", self.row)
-        held = self.holder is not None and self.clock.now < self.held_until
+        # A lease that ends later than one ever lasts was written before the clock was put back.
+        held = self.holder is not None and self.clock.now < self.held_until <= self.clock.now + 2 * LEASE_S
         if lease.take():
             assert not held
             self.holder, self.held_until = lease, self.clock.now + LEASE_S
@@ -363,13 +446,13 @@ class Workers(RuleBasedStateMachine):
         if lease is self.holder:
             self.holder = None
 
-    @rule(seconds=st.sampled_from([1.0, 20.0, LEASE_S, 5000.0]))
+    @rule(seconds=st.sampled_from([1.0, 20.0, LEASE_S, 5000.0, -30.0, -5000.0]))
     def wait(self, seconds: float) -> None:
         self.clock.now += seconds
 
     @rule()
     def sweep(self) -> None:
-        self.ledger.owed("analyse")
+        self.ledger.analyses_owed()
 
     @invariant()
     def never_forgotten(self) -> None:

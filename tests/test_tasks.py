@@ -15,10 +15,10 @@ from node import ledger as ledger_module
 from node import reception, tasks
 from node.config import Settings
 from node.intake.assembly import ClosedSeries
-from node.ledger import MAX_ANALYSIS_ATTEMPTS, MAX_BACKOFF_S, Work
+from node.ledger import MAX_ANALYSIS_ATTEMPTS, MAX_BACKOFF_S
 from node.offline import closed_folder
 from node.phantom import write_series
-from node.status import all_series, state
+from node.status import all_series, deliveries, silent_peers, state
 from node.tasks import Node
 
 
@@ -32,8 +32,8 @@ class Clock:
 
 
 @pytest.fixture
-def rung(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Work, int]]:
-    bells: list[tuple[Work, int]] = []
+def rung(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | str]]:
+    bells: list[tuple[str, int | str]] = []
     for module in (tasks, reception):
         monkeypatch.setattr(module, "ring", lambda work, rows: bells.extend((work, row) for row in rows))
     return bells
@@ -47,9 +47,14 @@ def make_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **route: Any) -> 
     return here
 
 
-def receive(here: Node, *, complete: bool = True) -> ClosedSeries:
+def receive(here: Node, *, complete: bool = True, **tags: str) -> ClosedSeries:
     made = phantom(3, shape=(40, 48, 48), spacing=(5.0, 7.0, 7.0))
-    write_series(made, here.spool / "1.2" / "1.3", 3)
+    first, *_ = write_series(made, here.spool / "1.2" / "1.3", 3)
+    if tags:
+        header = dcmread(first)
+        for keyword, value in tags.items():
+            setattr(header, keyword, value)
+        header.save_as(first)
     (closed,) = closed_folder(here.spool)
     closed = dataclasses.replace(closed, calling_ae="PACS", complete=complete)
     reception.series_closed(here, closed)
@@ -57,7 +62,7 @@ def receive(here: Node, *, complete: bool = True) -> ClosedSeries:
 
 
 def test_routed_chest_ct_is_owed_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[Work, int]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
 ) -> None:
     here = make_node(tmp_path, monkeypatch)
     reception.series_closed(here, receive(here))
@@ -69,7 +74,7 @@ def test_routed_chest_ct_is_owed_once(
 
 @pytest.mark.parametrize("route", [{"from": ["pacs"], "when": {"StationName": "OTHER"}}, {"when": {"Modality": "MR"}}])
 def test_series_that_no_route_takes_is_kept_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[Work, int]], route: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]], route: dict[str, Any]
 ) -> None:
     here = make_node(tmp_path, monkeypatch, **route)
     receive(here)
@@ -78,7 +83,7 @@ def test_series_that_no_route_takes_is_kept_and_says_so(
 
 
 def test_header_that_cannot_be_read_ends_in_sight(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[Work, int]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
 ) -> None:
     here = make_node(tmp_path, monkeypatch)
     closed = receive(here)
@@ -92,7 +97,7 @@ def test_header_that_cannot_be_read_ends_in_sight(
 
 @pytest.mark.parametrize(("tell", "kinds"), [(True, {"sr", "capture"}), (False, set())])
 def test_incomplete_series_is_told_where_the_route_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[Work, int]], tell: bool, kinds: set[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]], tell: bool, kinds: set[str]
 ) -> None:
     here = make_node(tmp_path, monkeypatch, tell_not_analysed=tell)
     receive(here, complete=False)
@@ -104,7 +109,7 @@ def test_incomplete_series_is_told_where_the_route_says_so(
 
 
 def test_analysis_that_keeps_failing_tells_the_study_and_names_no_patient(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[Work, int]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
 ) -> None:
     here, clock = make_node(tmp_path, monkeypatch), Clock()
     monkeypatch.setattr(ledger_module, "time", clock)
@@ -131,16 +136,50 @@ def test_analysis_that_keeps_failing_tells_the_study_and_names_no_patient(
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*socket:pytest.PytestUnraisableExceptionWarning")
-def test_object_that_cannot_be_sent_stays_owed_and_holds_back_the_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[Work, int]]
+def test_what_cannot_be_sent_stays_owed_and_waits_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
 ) -> None:
     here = make_node(tmp_path, monkeypatch)
     receive(here, complete=False)
     tasks.analyse(1)
-    first, second = (row for work, row in rung if work == "deliver")
-    tasks.deliver(first)
+    assert rung[-1] == ("deliver", "pacs")
+    tasks.deliver("pacs")
     (series,) = all_series(here.ledger)
-    one, two = (d for made in series.analyses[0].objects for d in made.deliveries)
-    assert (one.state, one.attempts, one.reason) == ("waiting", 1, "no connection to PACS at 127.0.0.1:104")
-    assert (two.state, two.attempts, two.due_at) == ("waiting", 0, one.due_at)
-    assert second == two.id
+    owed = deliveries(series)
+    assert {(one.state, one.attempts) for one in owed} == {("waiting", 0)}
+    assert {one.reason for one in owed} == {"no connection to PACS at 127.0.0.1:104"}
+    (told,) = silent_peers(here.ledger)
+    assert "no connection to PACS" in told
+    assert "2 objects wait" in told
+    assert state(series) == "delivering"
+
+
+@pytest.mark.parametrize(
+    ("route", "tags", "urgent"),
+    [({}, {}, False), ({"urgent": True}, {}, True), ({}, {"RequestedProcedurePriority": "STAT"}, True)],
+)
+def test_urgent_by_route_or_by_the_priority_of_the_request(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rung: list[tuple[str, int | str]],
+    route: dict[str, Any],
+    tags: dict[str, str],
+    urgent: bool,
+) -> None:
+    here = make_node(tmp_path, monkeypatch, **route)
+    receive(here, **tags)
+    (series,) = all_series(here.ledger)
+    assert series.analyses[0].urgent == urgent
+
+
+def test_sweeps_in_several_processes_ring_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
+) -> None:
+    here = make_node(tmp_path, monkeypatch)
+    receive(here)
+    other = Node.open(here.settings)
+    rung.clear()
+    for _ in range(3):
+        tasks.ring("analyse", here.ledger.analyses_owed())
+        tasks.ring("analyse", other.ledger.analyses_owed())
+    assert rung == [("analyse", 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,14 +104,23 @@ class Outgoing:
 def echo(peer: Peer, calling_ae: str) -> None:
     """C-ECHO (PS3.7 9.1.5); raises `PeerError` that says what is wrong."""
     with association(peer, calling_ae, [build_context(VERIFICATION)]) as open_association:
-        status = _status(open_association.send_c_echo())
+        status = status_of(open_association.send_c_echo())
         if status != 0x0000:
-            raise PeerError(f"C-ECHO answered {_hexadecimal(status)}", permanent=False)
+            raise PeerError(f"C-ECHO answered {hexadecimal(status)}", permanent=False)
 
 
 @contextmanager
 def association(peer: Peer, calling_ae: str, contexts: list[PresentationContext]) -> Iterator[Association]:
-    """An association with `peer`, released at the end; raises `PeerError` when it is refused or not reached."""
+    """An association on which we alone ask, released at the end; raises `PeerError` when there is none to be had."""
+    with answering_association(peer, calling_ae, contexts) as made, _sends_without_race(made):
+        yield made
+
+
+@contextmanager
+def answering_association(
+    peer: Peer, calling_ae: str, contexts: list[PresentationContext], handlers: Sequence[tuple[Any, ...]] = ()
+) -> Iterator[Association]:
+    """An association on which `handlers` answer what the peer asks; otherwise as `association`."""
     entity = AE(ae_title=calling_ae)
     entity.connection_timeout = CONNECT_S
     entity.acse_timeout = entity.dimse_timeout = TIMEOUT_S
@@ -130,15 +139,14 @@ def association(peer: Peer, calling_ae: str, contexts: list[PresentationContext]
             contexts=contexts,
             ae_title=peer.ae_title,
             max_pdu=MAX_PDU,
-            evt_handlers=[(evt.EVT_CONN_OPEN, opened)],
+            evt_handlers=[(evt.EVT_CONN_OPEN, opened), *handlers],
         )
     except OSError:
         raise PeerError(f"the host name {peer.host} cannot be resolved", permanent=False, reached=False) from None
     if not made.is_established:
         raise _no_association(made, peer, reached.is_set())
     try:
-        with _sends_without_race(made):
-            yield made
+        yield made
     finally:
         if made.is_established:
             made.release()
@@ -150,6 +158,22 @@ def contexts_for(objects: Iterable[Outgoing]) -> list[PresentationContext]:
     return [build_context(UID(sop_class), UID(syntax)) for sop_class, syntax in pairs]
 
 
+class ByAssociation:
+    """Sends objects over one open association."""
+
+    def __init__(self, made: Association) -> None:
+        self._made = made
+        self._proposed = {(c.abstract_syntax, c.transfer_syntax[0]) for c in made.requestor.requested_contexts}
+
+    def carries(self, item: Outgoing) -> bool:
+        """Whether a context was proposed for the object, so that this association can tell of its fate."""
+        return (item.sop_class_uid, item.transfer_syntax_uid) in self._proposed
+
+    def send(self, item: Outgoing) -> str:
+        """`store` it."""
+        return store(self._made, item)
+
+
 def store(open_association: Association, item: Outgoing) -> str:
     """C-STORE one object; gives '' or the peer's warning, raises `PeerError` (status codes: PS3.4 table B.2-1)."""
     accepted = {(c.abstract_syntax, c.transfer_syntax[0]) for c in open_association.accepted_contexts}
@@ -158,7 +182,7 @@ def store(open_association: Association, item: Outgoing) -> str:
         syntax = UID(item.transfer_syntax_uid).name
         raise PeerError(f"the peer does not accept {kind} in {syntax}", permanent=True)
     open_association.dimse_timeout = TIMEOUT_S + item.path.stat().st_size / SLOWEST_LINE
-    status = _status(open_association.send_c_store(item.path if item.meta_names_it else dcmread(item.path)))
+    status = status_of(open_association.send_c_store(item.path if item.meta_names_it else dcmread(item.path)))
     if status is None:
         raise PeerError("no answer to C-STORE", permanent=False, reached=False)
     if status == 0x0000:
@@ -166,11 +190,11 @@ def store(open_association: Association, item: Outgoing) -> str:
     # 0x0111: duplicate SOP instance. Our UIDs are derived, so it is this very object, from a push whose bookkeeping was
     # lost.
     if status in (0x0001, 0x0107, 0x0111, 0x0116) or 0xB000 <= status <= 0xBFFF:
-        return f"stored with warning {_hexadecimal(status)}"
+        return f"stored with warning {hexadecimal(status)}"
     # 0xA700: out of resources; 0x0110: processing failure; 0x0213: resource limitation. These pass. The rest names
     # something wrong with the object or with our rights, which the same object will meet again.
     passes = 0xA700 <= status <= 0xA7FF or status in (0x0110, 0x0213)
-    raise PeerError(f"C-STORE answered {_hexadecimal(status)}", permanent=not passes)
+    raise PeerError(f"C-STORE answered {hexadecimal(status)}", permanent=not passes)
 
 
 @contextmanager
@@ -213,13 +237,14 @@ class _Halted(threading.Event):
         super().set()
 
 
-def _status(answer: Any) -> int | None:
+def status_of(answer: Any) -> int | None:
     """Status of a response; pynetdicom gives an empty data set when none came."""
     status = getattr(answer, "Status", None)
     return None if status is None else int(status)
 
 
-def _hexadecimal(status: int | None) -> str:
+def hexadecimal(status: int | None) -> str:
+    """A status as the standard writes it."""
     return "nothing" if status is None else f"0x{status:04X}"
 
 
@@ -232,8 +257,10 @@ def _no_association(made: Association, peer: Peer, reached: bool) -> PeerError:
         answer = made.acceptor.primitive
         why = getattr(answer, "reason_str", "no reason given")
         # Result 1 is 'rejected permanent', 2 'rejected transient'. Most permanent rejections are an AE title that an
-        # admin is about to enter, so they too are tried again.
-        return PeerError(f"{where} rejected the association: {why}", permanent=False, reached=False)
+        # admin is about to enter: no object is given up for it, but the words say who has to act.
+        for_good = getattr(answer, "result", 2) == 1
+        how = "rejected the association until its settings change" if for_good else "rejected the association for now"
+        return PeerError(f"{where} {how}: {why}", permanent=False, reached=False)
     if made.rejected_contexts:
         kinds = ", ".join(sorted({UID(str(c.abstract_syntax)).name for c in made.rejected_contexts}))
         return PeerError(f"{where} does not accept {kinds}", permanent=True)

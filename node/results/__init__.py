@@ -18,11 +18,11 @@ from pydicom.dataset import Dataset
 
 from node.analysis.findings import Findings
 from node.analysis.volume import Volume
-from node.results import capture, report, segmentation, text_report
+from node.results import capture, rejection, report, segmentation, text_report
 from node.results.capture import overlay_png
 from node.results.identity import Analysis, SourceInstance, ascii_text, source_instances
 
-__all__ = ["KINDS", "ResultObject", "build", "not_analysed", "overlay_png"]
+__all__ = ["KINDS", "ResultObject", "build", "not_analysed", "overlay_png", "rejection_note"]
 
 #: Kinds of result objects.
 KINDS = ("infection-seg", "lung-seg", "sr", "capture")
@@ -126,6 +126,28 @@ def not_analysed(
     analysis = Analysis(source_headers[0], source_instances(source_headers), (), content_datetime)
     makers = {"sr": text_report.not_analysed, "capture": capture.not_analysed}
     return [_write(kind, makers[kind](reason, analysis), directory) for kind in makers if kind in wanted]
+
+
+def rejection_note(
+    source_header: Dataset,
+    outdated: Sequence[rejection.Outdated],
+    directory: Path,
+    name: str,
+    content_datetime: datetime,
+) -> ResultObject:
+    """Make the note by which an archive hides objects that newer ones have taken the place of, as ``NAME.dcm``.
+
+    Parameters
+    ----------
+    source_header
+        Of the series that the objects were made from.
+    outdated
+        The objects, at least one.
+    directory, content_datetime
+        As for `build`.
+    """
+    analysis = Analysis(source_header, (), (), content_datetime)
+    return _write(name, rejection.note(outdated, analysis), directory)
 
 
 def _known(kinds: Iterable[str]) -> set[str]:

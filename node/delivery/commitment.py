@@ -1,0 +1,226 @@
+"""Storage commitment, Push Model (PS3.4 annex J): asking a peer to keep what it took, and hearing its answers.
+
+A request names the objects under a Transaction UID that is never used twice and stands in the ledger before it goes
+out. The answer comes by N-EVENT-REPORT, soon on the same association or later on one that the peer opens to our
+listener. What the peer committed to is 'confirmed'; what it did not is sent again; what it never speaks of is asked for
+again, for about a day.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+import structlog
+from pydicom import Dataset
+from pydicom.uid import UID, generate_uid
+from pynetdicom import evt
+from pynetdicom.presentation import PresentationContext, build_context
+from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at import
+from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
+
+from node.config import Peer, Settings
+from node.delivery.peer import PeerError, answering_association, hexadecimal, status_of
+from node.ledger import Commitment, Delivery, Ledger, Object, backoff_s, free
+from node.telemetry.logs import plainly
+
+log = structlog.get_logger(__name__)
+
+#: Storage Commitment Push Model SOP class and its well-known instance (PS3.4 J.3.5).
+PUSH_MODEL: Final = "1.2.840.10008.1.20.1"
+_INSTANCE: Final = "1.2.840.10008.1.20.1.1"
+
+#: Seconds for which the association stays open for an answer at once.
+WAIT_S = 2.0
+
+#: Requests that a peer may leave unanswered; with the pauses below about a day.
+MAX_ASKS = 18
+
+#: Seconds after which what was not answered is asked for again; doubles each time, up to two hours.
+ASK_AGAIN_S = (60.0, 7000.0)
+
+#: Objects in one transaction.
+BATCH = 500
+
+#: N-EVENT-REPORT statuses (PS3.7 10.1.1.1.8).
+SUCCESS: Final = 0x0000
+PROCESSING_FAILURE: Final = 0x0110
+INVALID_ARGUMENT: Final = 0x0115
+
+#: Failure Reason (0008,1197) after which the same object would fail again: the peer does not keep its SOP class
+#: (PS3.3 C.14.1.1).
+_CLASS_NOT_SUPPORTED: Final = 0x0122
+
+
+def ask(ledger: Ledger, name: str, peer: Peer, calling_ae: str) -> None:
+    """Ask for all commitments of a peer that are due; the caller has the line to it.
+
+    Raises
+    ------
+    PeerError
+        The peer was not reached. It will be asked again.
+    """
+    while objects := _begin(ledger, name, uid := str(generate_uid()), required=peer.commitment == "required"):
+        request = Dataset()
+        request.TransactionUID = uid
+        request.ReferencedSOPSequence = [_reference(*one) for one in objects]
+        answered = threading.Event()
+
+        def heard(event: Any, answered: threading.Event = answered) -> tuple[int, None]:
+            status = _heard(ledger, event)
+            answered.set()
+            return status, None
+
+        handlers = [(evt.EVT_N_EVENT_REPORT, heard)]
+        asked = False
+        try:
+            with answering_association(peer, calling_ae, [build_context(PUSH_MODEL)], handlers) as made:
+                asked = True
+                answer, _ = made.send_n_action(request, 1, UID(PUSH_MODEL), UID(_INSTANCE))
+                status = status_of(answer)
+                if status is None:
+                    raise PeerError("no answer to N-ACTION", permanent=False, reached=False)
+                if status != SUCCESS:
+                    log.warning("commitment not taken on", peer=name, status=hexadecimal(status))
+                answered.wait(WAIT_S if status == SUCCESS else 0)
+        except PeerError as error:
+            if not error.permanent:
+                if not asked:
+                    _take_back(ledger, uid)
+                raise
+            # No presentation context: the peer does not know the service.
+            reason = f"{name} offers no storage commitment; set its `commitment` to off, or enable the service there"
+            _give_up(ledger, uid, reason, required=peer.commitment == "required")
+
+
+def services(ledger: Ledger, settings: Settings) -> tuple[list[PresentationContext], list[tuple[Any, ...]]]:
+    """Presentation contexts and handlers by which the listener takes in reports that come later."""
+    if not reporters(settings):
+        return [], []
+    context = build_context(PUSH_MODEL)
+    # The peer is the SCP of this service although it opens the association (PS3.7 D.3.3.4, role selection).
+    context.scu_role, context.scp_role = False, True
+    senders = {peer.ae_title for peer in settings.peers_that_may("send").values()}
+
+    def requested(event: Any) -> None:
+        if settings.listener.accept == "known" and event.assoc.requestor.ae_title not in senders:
+            # Let in for its reports, not for series.
+            event.assoc.acceptor.supported_contexts = [build_context(Verification), context]
+
+    def heard(event: Any) -> tuple[int, None]:
+        return _heard(ledger, event), None
+
+    return [context], [(evt.EVT_REQUESTED, requested), (evt.EVT_N_EVENT_REPORT, heard)]
+
+
+def reporters(settings: Settings) -> set[str]:
+    """AE titles that may open an association to report."""
+    return {peer.ae_title for peer in settings.peers_that_may("receive").values() if peer.commitment != "off"}
+
+
+def report(ledger: Ledger, uid: str, kept: Collection[str], failed: Mapping[str, int]) -> bool:
+    """Record what a peer said of a transaction, by SOP instance UID; false for a transaction that we never began.
+
+    An answer to an earlier request counts as well when it is good news; a failure counts only under the newest.
+    """
+    now = time.time()
+    with ledger() as session:
+        transaction = session.get(Commitment, uid)
+        if transaction is None:
+            return False
+        transaction.answered_at = now
+        named = (Delivery.peer == transaction.peer, Object.sop_instance_uid.in_([*kept, *failed]))
+        awaited = (Delivery.state == "waiting", Delivery.stored_at.is_not(None))
+        for delivery in session.scalars(select(Delivery).join(Delivery.object).where(*named, *awaited)):
+            kind, peer, series_id = delivery.object.kind, delivery.peer, delivery.object.analysis.series_id
+            if delivery.object.sop_instance_uid in kept:
+                delivery.state, delivery.finished_at = "confirmed", now
+                delivery.reason = f"{kind} confirmed by {peer}"
+            elif delivery.transaction_uid != uid:
+                continue
+            else:
+                why = failed[delivery.object.sop_instance_uid]
+                delivery.stored_at = None
+                delivery.reason = f"{kind} not kept by {peer} (failure reason {hexadecimal(why)})"
+                if why == _CLASS_NOT_SUPPORTED:
+                    delivery.state, delivery.finished_at = "refused", now
+                else:
+                    delivery.due_at, delivery.rung_at = now + backoff_s("deliver", delivery.attempts), 0.0
+                    delivery.reason += ", sent again"
+            ledger.tell(session, series_id, "delivery", delivery.reason)
+    return True
+
+
+def _begin(ledger: Ledger, name: str, uid: str, *, required: bool) -> list[tuple[str, str]]:
+    """Write down a transaction for what is due: (SOP class UID, SOP instance UID) of its objects."""
+    now = time.time()
+    due = (Delivery.peer == name, Delivery.stored_at.is_not(None), free(Delivery, now))
+    with ledger() as session:
+        rows = session.scalars(select(Delivery).where(*due).order_by(Delivery.id).limit(BATCH)).all()
+        tired = [row for row in rows if row.asks >= MAX_ASKS]
+        for row in tired:
+            _unconfirmed(ledger, session, row, f"{name} never confirmed {row.object.kind}", required=required)
+        asked = [row for row in rows if row.asks < MAX_ASKS]
+        first, most = ASK_AGAIN_S
+        for row in asked:
+            row.state, row.transaction_uid = "waiting", uid
+            row.due_at = now + min(first * 2**row.asks, most)
+            row.asks += 1
+        if asked:
+            session.add(Commitment(transaction_uid=uid, peer=name, asked_at=now))
+        return [(row.object.sop_class_uid, row.object.sop_instance_uid) for row in asked]
+
+
+def _take_back(ledger: Ledger, uid: str) -> None:
+    """A request that did not reach the peer is none."""
+    with ledger() as session:
+        session.execute(delete(Commitment).where(Commitment.transaction_uid == uid))
+        mine = update(Delivery).where(Delivery.transaction_uid == uid, Delivery.stored_at.is_not(None))
+        session.execute(mine.values(asks=Delivery.asks - 1, due_at=0.0))
+
+
+def _give_up(ledger: Ledger, uid: str, reason: str, *, required: bool) -> None:
+    """End what a transaction asked for, without the commitment."""
+    mine = (Delivery.transaction_uid == uid, Delivery.state == "waiting", Delivery.stored_at.is_not(None))
+    with ledger() as session:
+        for row in session.scalars(select(Delivery).where(*mine)):
+            _unconfirmed(ledger, session, row, reason, required=required)
+
+
+def _unconfirmed(ledger: Ledger, session: Session, row: Delivery, reason: str, *, required: bool) -> None:
+    row.state, row.reason, row.finished_at = "failed" if required else "done", reason, time.time()
+    ledger.tell(session, row.object.analysis.series_id, "delivery", f"delivered, not confirmed: {reason}")
+
+
+def _heard(ledger: Ledger, event: Any) -> int:
+    """Take in one N-EVENT-REPORT (PS3.4 J.3.3); gives the status of our answer."""
+    try:
+        said = event.event_information
+        uid = str(said.TransactionUID)
+        kept = {str(item.ReferencedSOPInstanceUID) for item in said.get("ReferencedSOPSequence", ())}
+        failed = {
+            str(item.ReferencedSOPInstanceUID): int(item.get("FailureReason", PROCESSING_FAILURE))
+            for item in said.get("FailedSOPSequence", ())
+        }
+    except Exception as error:  # a report can hold anything
+        log.warning("commitment report cannot be read", error=plainly(error))
+        return INVALID_ARGUMENT
+    try:
+        known = report(ledger, uid, kept - failed.keys(), failed)
+    except Exception as error:
+        log.error("commitment report not recorded, the peer is asked again", error=plainly(error))
+        return PROCESSING_FAILURE
+    if not known:
+        log.warning("commitment report of a transaction that is not ours", transaction=uid)
+        return INVALID_ARGUMENT
+    log.info("commitment", transaction=uid, kept=len(kept), failed=len(failed))
+    return SUCCESS
+
+
+def _reference(sop_class_uid: str, sop_instance_uid: str) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class_uid, sop_instance_uid
+    return item

@@ -1,0 +1,232 @@
+"""The outbox: what is owed to one peer, sent in order, over as few associations as will do.
+
+One worker at a time sends to a peer (`Ledger.line`), so that a peer that hangs holds up one thread and nobody else's
+objects. A peer that cannot be reached costs no object an attempt: its line is not due for a while, and everything
+waits with it. Within a study objects go out in the order in which they were made; one that the peer keeps failing
+holds back the rest of its study for its first few attempts, no longer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+from pydicom.errors import InvalidDicomError
+from sqlalchemy import select
+
+from node.config import Peer
+from node.delivery import commitment
+from node.delivery.peer import MAX_CONTEXTS, ByAssociation, Outgoing, PeerError, association, contexts_for
+from node.delivery.stow import ByStow
+from node.ledger import Analysis, Delivery, Lease, Ledger, LineLease, Object, Series, State, free
+from node.telemetry.logs import plainly
+
+log = structlog.get_logger(__name__)
+
+#: Seconds for which an association stays open after the last object: those of the next series often follow soon.
+LINGER_S = 2.0
+
+#: Objects read from the ledger at a time.
+BATCH = 100
+
+#: Attempts for which an object holds back the later ones of its study: with the backoff of deliveries over a minute.
+ORDERED_ATTEMPTS = 5
+
+
+class Way(Protocol):
+    """An open way to a peer."""
+
+    def carries(self, item: Outgoing) -> bool:
+        """Whether the object can be sent this way; else another has to be opened."""
+
+    def send(self, item: Outgoing) -> str:
+        """Send it; gives '' or the peer's warning, raises `PeerError`."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """One delivery that is due."""
+
+    row: int
+    kind: str
+    series_id: int
+    study_uid: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Outbox:
+    """What is owed to one peer of the settings.
+
+    Parameters
+    ----------
+    peer
+        None when the settings name no such peer any more.
+    results
+        Folder that the paths of objects are relative to.
+    stopping
+        Set when the worker is to end: what is under way is finished, the rest is left to the next.
+    """
+
+    ledger: Ledger
+    results: Path
+    name: str
+    peer: Peer | None
+    calling_ae: str
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def work_off(self) -> None:
+        """Send all that is due, and ask for the commitments that are due; returns at once when another does."""
+        with self.ledger.line(self.name) as line:
+            if line is None:
+                return
+            try:
+                while not self.stopping.is_set() and (batch := self.due()):
+                    self._send(batch, line)
+                if self.peer is not None and self.peer.commitment != "off":
+                    commitment.ask(self.ledger, self.name, self.peer, self.calling_ae)
+            except PeerError as error:
+                log.warning("peer does not answer, will be tried again", peer=self.name, because=str(error))
+                line.silent(str(error))
+
+    def due(self) -> list[Parcel]:
+        """What can be sent now: urgent studies first, then those without failures, each in its order."""
+        now, held, troubled = time.time(), set[str](), set[str]()
+        found: list[tuple[bool, Parcel]] = []
+        query = (
+            select(Delivery, Object, Analysis, Series.study_instance_uid, free(Delivery, now))
+            .join(Delivery.object)
+            .join(Object.analysis)
+            .join(Analysis.series)
+            .where(Delivery.peer == self.name, Delivery.state.in_(("waiting", "running")), Delivery.stored_at.is_(None))
+            .order_by(Analysis.urgent.desc(), Delivery.id)
+        )
+        with self.ledger() as session:
+            for delivery, made, analysis, study_uid, is_free in session.execute(query):
+                if made.superseded_by is not None and is_free:
+                    delivery.state, delivery.finished_at = "superseded", now
+                elif study_uid not in held and is_free:
+                    path = self.results / made.path
+                    parcel = Parcel(delivery.id, made.kind, analysis.series_id, study_uid, path)
+                    found.append((not analysis.urgent, parcel))
+                    if delivery.attempts:
+                        troubled.add(study_uid)
+                elif delivery.attempts < ORDERED_ATTEMPTS:
+                    held.add(study_uid)
+                if len(found) == BATCH:
+                    break
+        # A study on which the peer failed goes last: it may be what makes it fail.
+        return [one for _, one in sorted(found, key=lambda pair: (pair[1].study_uid in troubled, pair[0]))]
+
+    def _read(self, batch: Sequence[Parcel]) -> list[tuple[Parcel, Outgoing]]:
+        """The objects of a batch; one whose file is gone or no DICOM is refused here."""
+        read = []
+        for parcel in batch:
+            try:
+                read.append((parcel, Outgoing.read(parcel.path)))
+            except (FileNotFoundError, InvalidDicomError, AttributeError):
+                self._refuse(parcel, "its file is gone or is no DICOM")
+            except OSError as error:
+                with self.ledger.lease("deliver", parcel.row) as lease:
+                    if lease is not None:
+                        lease.put_back(f"{parcel.kind} cannot be read: {plainly(error)}")
+        return read
+
+    def _send(self, batch: Sequence[Parcel], line: LineLease) -> None:
+        """Send a batch and what follows soon, over one association; returns when another one is needed.
+
+        Raises
+        ------
+        PeerError
+            The peer was not reached, or fell silent over the first object of the association.
+        """
+        items = self._read(batch)
+        if not items:
+            return
+        try:
+            with self._way([item for _, item in items]) as way:
+                answered = False
+                while items and not self.stopping.is_set():
+                    held = set[str]()
+                    for parcel, item in items:
+                        if parcel.study_uid in held:
+                            continue
+                        if self.stopping.is_set() or not way.carries(item):
+                            return
+                        try:
+                            sent = self._deliver(parcel, item, way, lost_costs=not answered)
+                        except PeerError:
+                            if answered:  # the association is gone, the peer may not be
+                                return
+                            raise
+                        if not sent:
+                            held.add(parcel.study_uid)
+                        if not answered:
+                            line.answered()
+                            answered = True
+                    items = self._read(self._soon())
+        except PeerError as error:
+            if not error.permanent:
+                raise
+            line.answered()
+            for parcel in batch:
+                self._refuse(parcel, str(error))
+
+    @contextmanager
+    def _way(self, items: Sequence[Outgoing]) -> Iterator[Way]:
+        if self.peer is None:
+            raise PeerError("the settings name no such peer", permanent=True)
+        if self.peer.stow is not None:
+            with ByStow(self.peer.stow, self.name) as stow:
+                yield stow
+        else:
+            with association(self.peer, self.calling_ae, contexts_for(items)[:MAX_CONTEXTS]) as made:
+                yield ByAssociation(made)
+
+    def _soon(self) -> list[Parcel]:
+        """What becomes due while the association lingers."""
+        until = time.monotonic() + LINGER_S
+        while not (batch := self.due()) and time.monotonic() < until and not self.stopping.wait(LINGER_S / 8):
+            pass
+        return batch
+
+    def _deliver(self, parcel: Parcel, item: Outgoing, way: Way, *, lost_costs: bool) -> bool:
+        """Send one object; gives whether the rest of its study may follow, raises `PeerError` when no answer came."""
+        with self.ledger.lease("deliver", parcel.row) as lease:
+            if lease is None:
+                return False
+            try:
+                warning = way.send(item)
+            except PeerError as error:
+                if error.permanent:
+                    self._end(lease, parcel, "refused", f"{parcel.kind} refused by {self.name}: {error}")
+                    return True
+                log.warning("not delivered, will try again", kind=parcel.kind, peer=self.name, because=str(error))
+                lease.put_back(f"{parcel.kind} to {self.name}: {error}", counted=error.reached or lost_costs)
+                if not error.reached:
+                    raise
+                return False
+            outcome = f"{parcel.kind} delivered to {self.name}" + (f" ({warning})" if warning else "")
+            confirms = self.peer is not None and self.peer.commitment != "off"
+            self._end(lease, parcel, "waiting" if confirms else "done", outcome)
+            return True
+
+    def _refuse(self, parcel: Parcel, reason: str) -> None:
+        with self.ledger.lease("deliver", parcel.row) as lease:
+            if lease is not None:
+                self._end(lease, parcel, "refused", f"{parcel.kind} not delivered to {self.name}: {reason}")
+
+    def _end(self, lease: Lease, parcel: Parcel, state: State, outcome: str) -> None:
+
+        with lease.finish(state, outcome) as session:
+            if state == "waiting":  # for the peer's commitment
+                delivery = session.get_one(Delivery, parcel.row)
+                delivery.stored_at, delivery.due_at, delivery.finished_at = time.time(), 0.0, None
+            self.ledger.tell(session, parcel.series_id, "delivery", outcome)
+        log.info("delivery", outcome=outcome)

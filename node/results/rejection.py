@@ -1,0 +1,78 @@
+"""Key Object Selection that takes earlier objects out of use: a rejection note of IHE IOCM (RAD TF-3, 4.66).
+
+Its title is (113001, DCM, "Rejected for Quality Reasons"): the objects were true of the slices that had come by then,
+but not of the whole series. No patient is endangered by an archive that still shows them to those who ask, so it is not
+(113037, DCM, "Rejected for Patient Safety Reasons").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence as Items
+from pydicom.sr.coding import Code
+from pydicom.uid import KeyObjectSelectionDocumentStorage
+
+from node.results.identity import MODEL_NAME, Analysis, code_item, describe
+
+#: (SOP class UID, SOP instance UID, series instance UID) of an object that is taken out of use.
+Outdated = tuple[str, str, str]
+
+#: SOP classes without pixels are referred to as documents (PS3.3 C.18.3, C.18.4).
+_SR = "1.2.840.10008.5.1.4.1.1.88."
+
+
+def note(outdated: Sequence[Outdated], analysis: Analysis) -> Dataset:
+    """Rejection note for `outdated` objects of the study of `analysis`, by TID 2010."""
+    document = Dataset()
+    document.ReferencedPerformedProcedureStepSequence = Items()
+    document.CurrentRequestedProcedureEvidenceSequence = Items([_evidence(outdated, analysis)])
+    document.ValueType, document.ContinuityOfContent = "CONTAINER", "SEPARATE"
+    document.ConceptNameCodeSequence = Items([code_item(Code("113001", "DCM", "Rejected for Quality Reasons"))])
+    template = Dataset()
+    template.MappingResource, template.TemplateIdentifier = "DCMR", "2010"
+    document.ContentTemplateSequence = Items([template])
+    why = Dataset()
+    why.RelationshipType, why.ValueType = "CONTAINS", "TEXT"
+    why.ConceptNameCodeSequence = Items([code_item(Code("113012", "DCM", "Key Object Description"))])
+    why.TextValue = f"More slices of the series came; {MODEL_NAME} has made new objects from all of them."
+    document.ContentSequence = Items([why, *(_item(*one[:2]) for one in outdated)])
+    describe(
+        document,
+        analysis,
+        kind="rejection-note",
+        sop_class_uid=KeyObjectSelectionDocumentStorage,
+        modality="KO",
+        series_offset=99,
+        series_description="AI: earlier results outdated",
+        variant="\n".join(sorted(sop_instance_uid for _, sop_instance_uid, _ in outdated)),
+    )
+    return document
+
+
+def _item(sop_class_uid: str, sop_instance_uid: str) -> Dataset:
+    item = Dataset()
+    item.RelationshipType = "CONTAINS"
+    item.ValueType = "COMPOSITE" if sop_class_uid.startswith(_SR) else "IMAGE"
+    item.ReferencedSOPSequence = Items([_reference(sop_class_uid, sop_instance_uid)])
+    return item
+
+
+def _evidence(outdated: Sequence[Outdated], analysis: Analysis) -> Dataset:
+    """The objects, study → series → instance (PS3.3 table C.17-3)."""
+    study = Dataset()
+    study.StudyInstanceUID = analysis.header.StudyInstanceUID
+    study.ReferencedSeriesSequence = Items()
+    for series_uid in dict.fromkeys(series_uid for _, _, series_uid in outdated):
+        series = Dataset()
+        series.SeriesInstanceUID = series_uid
+        series.ReferencedSOPSequence = Items(_reference(*one[:2]) for one in outdated if one[2] == series_uid)
+        study.ReferencedSeriesSequence.append(series)
+    return study
+
+
+def _reference(sop_class_uid: str, sop_instance_uid: str) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class_uid, sop_instance_uid
+    return item

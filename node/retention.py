@@ -1,0 +1,93 @@
+"""How long files stay: received series and results are dropped by age, once nothing of them is owed; and how full the
+disk is.
+
+A series goes when its newest file and its newest generation are old enough and all work on all its generations has
+come to an end: done, confirmed, superseded, or refused. What failed stays, for somebody may retry it. The ledger keeps
+its rows, so that the same series sent again is known.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+from sqlalchemy import delete, select
+
+from node.config import Settings
+from node.ledger import Commitment, Ledger, Series
+
+log = structlog.get_logger(__name__)
+
+_DAY_S = 86400.0
+
+#: States in which work is over for good.
+_FINAL = frozenset(("done", "confirmed", "refused", "superseded"))
+
+
+def pressure(settings: Settings) -> str | None:
+    """A warning when the disk fills up, well before the listener has to refuse; None while all is well."""
+    free_mb = shutil.disk_usage(settings.data).free >> 20
+    if free_mb >= settings.retention.warn_free_mb:
+        return None
+    floor = settings.listener.disk_floor_mb
+    then = "C-STORE is refused" if free_mb < floor else f"below {floor} MB C-STORE is refused"
+    return f"{free_mb} MB of disk are free; {then}. Free space, or lower retention.days"
+
+
+def drop_old(settings: Settings, ledger: Ledger) -> int:
+    """Drop the files of series that are old and finished; gives their number. Harmless in any number of processes."""
+    if settings.retention.days is None:
+        return 0
+    before = time.time() - settings.retention.days * _DAY_S
+    dropped = 0
+    for folder in sorted((settings.data / "spool").glob("*/*")):
+        newest = _newest(folder)
+        if newest is None or newest >= before or not _finished(ledger, folder.name, before):
+            continue
+        _remove(folder)
+        _remove_tree(settings.data / "results" / folder.name)
+        with suppress(OSError):
+            folder.parent.rmdir()  # the study, once it is empty
+        with ledger() as session:
+            for series in session.scalars(select(Series).where(Series.series_instance_uid == folder.name)):
+                series.dropped_at = time.time()
+                ledger.tell(session, series.id, "retention", f"files dropped after {settings.retention.days} days")
+        dropped += 1
+    with ledger() as session:
+        session.execute(delete(Commitment).where(Commitment.asked_at < before))
+    if dropped:
+        log.info("dropped old series", series=dropped)
+    return dropped
+
+
+def _finished(ledger: Ledger, series_uid: str, before: float) -> bool:
+    """Whether every generation of a series was closed before then and nothing of it is owed or failed."""
+    with ledger() as session:
+        generations = session.scalars(select(Series).where(Series.series_instance_uid == series_uid)).all()
+        works = [analysis for one in generations for analysis in one.analyses]
+        sent = [delivery for analysis in works for made in analysis.objects for delivery in made.deliveries]
+        old = all(one.closed_at < before for one in generations)
+        return bool(generations) and old and all(work.state in _FINAL for work in (*works, *sent))
+
+
+def _newest(folder: Path) -> float | None:
+    """When the newest file of a series folder was written; None for what is no folder with files."""
+    with suppress(OSError):
+        return max((path.stat().st_mtime for path in folder.glob("*.dcm")), default=None)
+    return None
+
+
+def _remove(folder: Path) -> None:
+    """Remove the files of a folder one by one, and the folder if nothing came meanwhile."""
+    for path in list(folder.glob("*.dcm")):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _remove_tree(folder: Path) -> None:
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder)
