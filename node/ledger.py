@@ -419,7 +419,9 @@ class Ledger:
                 Delivery: {"stored_at": None, "asks": 0, "finished_at": None},
             }
             count = 0
-            for table, mine in ((Analysis, Analysis.id.in_(analyses)), (Delivery, Delivery.object_id.in_(objects))):
+            outdated = select(Object.analysis_id).where(Object.superseded_by.is_not(None))
+            current = and_(Analysis.id.in_(analyses), Analysis.id.not_in(outdated))
+            for table, mine in ((Analysis, current), (Delivery, Delivery.object_id.in_(objects))):
                 # What waits with a reason waits for its next attempt, or for a peer that was silent.
                 late = update(table).where(mine, table.state == "waiting", table.reason != "")
                 count += _rows(session.execute(late.values(now)))

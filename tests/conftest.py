@@ -124,6 +124,15 @@ class Orthanc:
         """GET from the REST API or, below /dicom-web, from DICOMweb."""
         return httpx.get(f"{self.http}{path}", params=parameters, timeout=60)
 
+    def find(self, level: str, **query: str) -> list[str]:
+        """Orthanc's own names of what matches."""
+        found = httpx.post(f"{self.http}/tools/find", json={"Level": level, "Query": query}, timeout=60)
+        return list(found.json())
+
+    def delete(self, path: str) -> None:
+        """DELETE of the REST API."""
+        httpx.delete(f"{self.http}{path}", timeout=60).raise_for_status()
+
 
 @pytest.fixture
 def orthanc(tmp_path: Path) -> Iterator[Orthanc]:
@@ -133,14 +142,14 @@ def orthanc(tmp_path: Path) -> Iterator[Orthanc]:
 
 
 @contextmanager
-def running_orthanc(folder: Path) -> Iterator[Orthanc]:
-    """Orthanc with its database in `folder`, which is made."""
+def running_orthanc(folder: Path, **more: Any) -> Iterator[Orthanc]:
+    """Orthanc with its database in `folder`, which is made; `more` are settings of its own."""
     program = tool("Orthanc")
     plugin = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
     if not plugin.exists():
         pytest.skip("orthanc-dicomweb is not installed")
     port, http = free_port(), free_port()
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     settings = {
         "Name": "TEST",
         "StorageDirectory": str(folder),
@@ -155,6 +164,7 @@ def running_orthanc(folder: Path) -> Iterator[Orthanc]:
         "DicomAlwaysAllowEcho": True,
         "UnknownSopClassAccepted": True,
         "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
+        **more,
     }
     (folder / "orthanc.json").write_text(json.dumps(settings))
     # Without TCP_NODELAY DCMTK, and Orthanc with it, waits 45 ms an object on Nagle's algorithm.

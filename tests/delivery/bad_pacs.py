@@ -12,7 +12,7 @@ from typing import Any, Literal
 from conftest import free_port
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
-from pynetdicom import AE, evt
+from pynetdicom import AE, build_role, evt
 from pynetdicom.sop_class import (
     Comprehensive3DSRStorage,
     CTImageStorage,
@@ -105,8 +105,6 @@ class BadPacs:
             assert self.listener is not None
             entity = AE(ae_title="BAD")
             entity.add_requested_context(StorageCommitmentPushModel)
-            from pynetdicom import build_role
-
             own = assoc = entity.associate(
                 *self.listener, ae_title="LUNGNODE", ext_neg=[build_role(StorageCommitmentPushModel, scp_role=True)]
             )
@@ -120,14 +118,15 @@ class BadPacs:
 
 @contextmanager
 def bad_pacs(
-    pacs: BadPacs | None = None, classes: Sequence[str] = CLASSES, only: Sequence[str] = ()
+    pacs: BadPacs | None = None, classes: Sequence[str] = CLASSES, only: Sequence[str] = (), commits: bool = True
 ) -> Iterator[BadPacs]:
     """One that listens; `classes` are taken, and only from the AE titles of `only` if there are any."""
     pacs = pacs or BadPacs()
     entity = AE(ae_title="BAD")
     entity.require_calling_aet = list(only)
     entity.add_supported_context(Verification)
-    entity.add_supported_context(StorageCommitmentPushModel, scu_role=True, scp_role=True)
+    if commits:
+        entity.add_supported_context(StorageCommitmentPushModel)
     for uid in classes:
         entity.add_supported_context(uid, ExplicitVRLittleEndian)
     handlers = [

@@ -52,7 +52,7 @@ def test_urgent_study_goes_first(ledger: Ledger, results: Path) -> None:
 def test_association_stays_open_for_what_follows_soon(
     ledger: Ledger, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox_module, "LINGER_S", 5.0)
+    monkeypatch.setattr(outbox_module, "LINGER_S", 3.0)
     first = owe(ledger, results, "pacs")
     with bad_pacs() as pacs:
         worker = threading.Thread(target=outbox(ledger, results, pacs.peer()).work_off)
@@ -68,7 +68,7 @@ def test_association_stays_open_for_what_follows_soon(
 def test_peer_that_drops_idle_associations_costs_no_attempt(
     ledger: Ledger, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox_module, "LINGER_S", 5.0)
+    monkeypatch.setattr(outbox_module, "LINGER_S", 3.0)
     owe(ledger, results, "pacs")
     with bad_pacs() as pacs:
         worker = threading.Thread(target=outbox(ledger, results, pacs.peer()).work_off)

@@ -1,0 +1,190 @@
+"""Storage commitment with Orthanc, and with a peer that fails, delays and forgets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bad_pacs import BadPacs, bad_pacs
+from conftest import free_port, running_orthanc, wait_for
+from owed import outbox, owe, states
+from pydicom import Dataset
+from pydicom.uid import CTImageStorage, SegmentationStorage
+from sqlalchemy import select, update
+
+from node import reception
+from node.config import Peer, Settings
+from node.delivery import commitment
+from node.ledger import Commitment, Delivery, Ledger
+from node.tasks import Node
+
+pytestmark = [
+    pytest.mark.usefixtures("short_waits"),
+    pytest.mark.filterwarnings("ignore:Exception ignored in.*socket:pytest.PytestUnraisableExceptionWarning"),
+]
+
+TWO = (CTImageStorage, SegmentationStorage)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commitment, "WAIT_S", 0.6)
+    monkeypatch.setattr(commitment, "ASK_AGAIN_S", (0.3, 0.3))
+
+
+@pytest.fixture
+def listening(tmp_path: Path, ledger: Ledger) -> Iterator[int]:
+    """Port of our listener, which lets 'ORTHANC' and 'BAD' in for reports alone."""
+    port = free_port()
+    peers = {
+        name: {"ae_title": name.upper(), "host": "127.0.0.1", "port": 104, "may": ["receive"], "commitment": "on"}
+        for name in ("orthanc", "bad")
+    }
+    me = {"host": "127.0.0.1", "port": port}
+    settings = Settings.model_validate({"data": tmp_path / "var", "listener": me, "peers": peers})
+    Node.open(settings)
+    listener = reception.intake(Node(settings, ledger))
+    listener.start()
+    yield port
+    listener.stop()
+
+
+def due_now(ledger: Ledger) -> None:
+    with ledger() as session:
+        session.execute(update(Delivery).where(Delivery.state == "waiting").values(due_at=0.0))
+
+
+@pytest.mark.peer
+def test_orthanc_confirms_what_it_has_and_names_what_it_lost(
+    tmp_path: Path, ledger: Ledger, results: Path, listening: int
+) -> None:
+    knows_us = {"DicomModalities": {"us": {"AET": "LUNGNODE", "Host": "127.0.0.1", "Port": listening}}}
+    with running_orthanc(tmp_path / "orthanc", **knows_us) as orthanc:
+        peer = Peer(ae_title="ORTHANC", host="127.0.0.1", port=orthanc.port, commitment="required")
+        owe(ledger, results, "pacs", classes=TWO)
+        outbox(ledger, results, peer).work_off()
+        wait_for(lambda: states(ledger) == ["confirmed"] * 2, 20, "Orthanc to confirm")
+
+        (lost,) = owe(ledger, results, "pacs")
+        lossy = peer.model_copy(update={"commitment": "off"})
+        outbox(ledger, results, lossy).work_off()
+        (instance,) = orthanc.find("Instance", SOPInstanceUID=lost)
+        orthanc.delete(f"/instances/{instance}")
+        with ledger() as session:
+            again = update(Delivery).where(Delivery.state == "done")
+            session.execute(again.values(state="waiting", stored_at=1.0, finished_at=None))
+        outbox(ledger, results, peer).work_off()
+        wait_for(lambda: states(ledger)[2] == "waiting", 20, "Orthanc to say that it has not got it")
+
+        def confirmed() -> bool:
+            outbox(ledger, results, peer).work_off()
+            return states(ledger) == ["confirmed"] * 3
+
+        wait_for(confirmed, 20, "the object to be sent again and confirmed")
+        assert orthanc.find("Instance", SOPInstanceUID=lost) == [instance]
+    with ledger() as session:
+        assert all(one.answered_at for one in session.scalars(select(Commitment)))
+
+
+@pytest.mark.parametrize("answer", ["same", "later"])
+def test_answer_on_the_same_association_or_later(ledger: Ledger, results: Path, listening: int, answer: str) -> None:
+    owe(ledger, results, "pacs", classes=TWO)
+    with bad_pacs(BadPacs(answer=answer, listener=("127.0.0.1", listening))) as pacs:  # type: ignore[arg-type]
+        outbox(ledger, results, pacs.peer(commitment="required")).work_off()
+        wait_for(lambda: states(ledger) == ["confirmed"] * 2, 10, "the confirmation")
+    assert len(pacs.requests) == 1
+
+
+def test_object_that_is_not_kept_is_sent_again_under_a_new_transaction(ledger: Ledger, results: Path) -> None:
+    first, second = owe(ledger, results, "pacs", classes=TWO)
+    with bad_pacs(BadPacs(answer="same")) as pacs:
+        pacs.fails = lambda uids: {second: 0x0110} if len(pacs.requests) == 1 else {}
+
+        def confirmed() -> bool:
+            outbox(ledger, results, pacs.peer(commitment="required")).work_off()
+            return states(ledger) == ["confirmed"] * 2
+
+        wait_for(confirmed, 10, "the second try")
+    assert pacs.stored == [first, second, second]
+    assert [uids for _, uids in pacs.requests] == [[first, second], [second]]
+    assert len({uid for uid, _ in pacs.requests}) == 2
+
+
+def test_class_that_is_not_kept_is_refused_and_not_sent_for_ever(ledger: Ledger, results: Path) -> None:
+    _, second = owe(ledger, results, "pacs", classes=TWO)
+    with bad_pacs(BadPacs(answer="same", fails=lambda _uids: {second: 0x0122})) as pacs:
+        outbox(ledger, results, pacs.peer(commitment="required")).work_off()
+        wait_for(lambda: states(ledger) == ["confirmed", "refused"], 10, "the answer")
+
+
+@pytest.mark.parametrize(("wanted", "end"), [("on", "done"), ("required", "failed")])
+def test_peer_that_commits_nothing_is_asked_and_then_it_is_said(
+    ledger: Ledger, results: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, end: str
+) -> None:
+    monkeypatch.setattr(commitment, "MAX_ASKS", 3)
+    monkeypatch.setattr(commitment, "WAIT_S", 0.0)
+    owe(ledger, results, "pacs")
+    with bad_pacs() as pacs:
+        for _ in range(5):
+            due_now(ledger)
+            outbox(ledger, results, pacs.peer(commitment=wanted)).work_off()
+    assert states(ledger) == [end]
+    assert len({uid for uid, _ in pacs.requests}) == len(pacs.requests) == 3
+    assert len(pacs.stored) == 1
+
+
+@pytest.mark.parametrize(("wanted", "end"), [("on", "done"), ("required", "failed")])
+def test_peer_without_the_service_is_named(ledger: Ledger, results: Path, wanted: str, end: str) -> None:
+    owe(ledger, results, "pacs")
+    with bad_pacs(commits=False) as pacs:
+        outbox(ledger, results, pacs.peer(commitment=wanted)).work_off()
+    assert states(ledger) == [end]
+    with ledger() as session:
+        assert "offers no storage commitment" in session.scalars(select(Delivery.reason)).one()
+
+
+def test_late_answer_to_an_earlier_request_counts_when_it_is_good_news(
+    ledger: Ledger, results: Path, listening: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commitment, "WAIT_S", 0.0)
+    monkeypatch.setattr(commitment, "ASK_AGAIN_S", (60.0, 60.0))
+    (uid,) = owe(ledger, results, "pacs")
+    with bad_pacs(BadPacs(listener=("127.0.0.1", listening))) as pacs:
+        for _ in range(2):
+            due_now(ledger)
+            outbox(ledger, results, pacs.peer(commitment="required")).work_off()
+        early, newest = (transaction for transaction, _ in pacs.requests)
+        pacs.fails = lambda _uids: {uid: 0x0110}
+        assert pacs.report(request(early, uid)) == 0x0000
+        assert states(ledger) == ["stored"]  # an earlier failure is old news
+        pacs.fails = lambda _uids: {}
+        assert pacs.report(request("1.2.3", uid)) == commitment.INVALID_ARGUMENT
+        assert states(ledger) == ["stored"]
+        assert pacs.report(request(early, uid)) == 0x0000
+        assert states(ledger) == ["confirmed"]
+        assert pacs.report(request(newest, uid)) == 0x0000  # said twice
+    assert states(ledger) == ["confirmed"]
+
+
+def test_request_that_does_not_reach_the_peer_is_none(ledger: Ledger, results: Path) -> None:
+    owe(ledger, results, "pacs")
+    with bad_pacs() as pacs:
+        outbox(ledger, results, pacs.peer()).work_off()
+    with ledger() as session:
+        session.execute(update(Delivery).values(state="waiting", stored_at=1.0, finished_at=None))
+    outbox(ledger, results, pacs.peer(commitment="required")).work_off()
+    with ledger() as session:
+        assert session.scalars(select(Delivery.asks)).one() == 0
+        assert session.scalars(select(Commitment)).all() == []
+
+
+def request(transaction: str, *uids: str) -> Dataset:
+    said = Dataset()
+    said.TransactionUID = transaction
+    said.ReferencedSOPSequence = []
+    for uid in uids:
+        item = Dataset()
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = CTImageStorage, uid
+        said.ReferencedSOPSequence.append(item)
+    return said

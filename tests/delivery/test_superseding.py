@@ -1,0 +1,158 @@
+"""A newer generation takes the place of the earlier ones: in the queue, in the ledger and at the peer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bad_pacs import CLASSES, bad_pacs
+from conftest import Orthanc, tool
+from pydicom import dcmread
+from pydicom.uid import KeyObjectSelectionDocumentStorage, MultiFrameTrueColorSecondaryCaptureImageStorage
+from test_journey import run
+
+from models.training.phantom import phantom
+from node import reception, tasks
+from node.config import Peer, Settings
+from node.delivery.outbox import Outbox
+from node.intake.assembly import ClosedSeries
+from node.ledger import Series
+from node.offline import closed_folder
+from node.phantom import write_series
+from node.status import all_series, deliveries, state
+from node.tasks import Node
+
+pytestmark = pytest.mark.usefixtures("short_waits")
+
+
+def make_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, notes: bool = False, port: int = 104) -> Node:
+    pacs = {"ae_title": "ORTHANC", "host": "127.0.0.1", "port": port, "rejection_notes": notes}
+    route = {"name": "chest", "to": {"pacs": ["sr", "capture"]}}
+    here = Node.open(Settings.model_validate({"data": tmp_path / "var", "peers": {"pacs": pacs}, "routes": [route]}))
+    monkeypatch.setattr(tasks, "node", lambda: here)
+    for module in (tasks, reception):
+        monkeypatch.setattr(module, "ring", lambda *_: None)
+    return here
+
+
+def close(here: Node, slices: int) -> None:
+    """Close the first `slices` of a series with a gap, so that it is told about and needs no network."""
+    folder = here.spool / "1.2" / "1.3"
+    if not folder.exists():
+        paths = write_series(phantom(3, shape=(40, 48, 48), spacing=(5.0, 7.0, 7.0)), folder, 3)
+        paths[20].unlink()
+    (closed,) = closed_folder(folder)
+    some = ClosedSeries(
+        **{
+            **{name: getattr(closed, name) for name in ("series_instance_uid", "study_instance_uid", "called_ae")},
+            "calling_ae": "PACS",
+            "instances": closed.instances[:slices],
+            "paths": closed.paths[:slices],
+            "complete": False,
+            "reason": f"incomplete: {slices} slices",
+        }
+    )
+    reception.series_closed(here, some)
+
+
+def newest_first(here: Node) -> list[Series]:
+    return all_series(here.ledger)
+
+
+def test_analysis_that_nobody_began_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = make_node(tmp_path, monkeypatch)
+    close(here, 30)
+    close(here, 39)
+    newer, older = newest_first(here)
+    assert (state(newer), state(older)) == ("waiting", "superseded")
+    assert here.ledger.analyses_owed() == [newer.analyses[0].id]
+
+
+def test_objects_still_owed_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = make_node(tmp_path, monkeypatch)
+    for slices in (30, 39):
+        close(here, slices)
+        tasks.analyse(all_series(here.ledger)[0].analyses[0].id)
+    newer, older = newest_first(here)
+    assert (state(newer), state(older)) == ("delivering", "superseded")
+    assert {one.state for one in deliveries(older)} == {"superseded"}
+    assert here.ledger.retry(older.id) == 0
+    assert "2 not sent any more" in older.events[-1].text
+
+
+def test_generation_that_cannot_be_analysed_takes_nothing_from_one_that_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = make_node(tmp_path, monkeypatch)
+    close(here, 30)
+    tasks.analyse(1)
+    with here.ledger() as session:
+        session.get_one(Series, 1).analyses[0].state = "done"
+    close(here, 39)
+    tasks.analyse(2)
+    assert [state(one) for one in newest_first(here)] == ["delivering", "delivering"]
+
+
+@pytest.mark.peer
+def test_peer_gets_a_rejection_note_that_names_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orthanc: Orthanc
+) -> None:
+    here = make_node(tmp_path, monkeypatch, notes=True, port=orthanc.port)
+    close(here, 30)
+    tasks.analyse(1)
+    tasks.deliver("pacs")
+    close(here, 39)
+    tasks.analyse(2)
+    tasks.deliver("pacs")
+    newer, older = newest_first(here)
+    assert (state(newer), state(older)) == ("not analysed", "not analysed")
+    *_, note = newer.analyses[0].objects
+    assert (note.kind, note.sop_class_uid) == ("rejection-note", KeyObjectSelectionDocumentStorage)
+    (instance,) = orthanc.find("Instance", SOPInstanceUID=note.sop_instance_uid)
+    stored = tmp_path / "note.dcm"
+    stored.write_bytes(orthanc.get(f"/instances/{instance}/file").content)
+    read = dcmread(stored)
+    assert read.ConceptNameCodeSequence[0].CodeValue == "113001"
+    named = [item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID for item in read.ContentSequence[1:]]
+    assert named == [made.sop_instance_uid for made in older.analyses[0].objects]
+    evidence = read.CurrentRequestedProcedureEvidenceSequence[0]
+    assert evidence.StudyInstanceUID == older.study_instance_uid
+    assert {one.SeriesInstanceUID for one in evidence.ReferencedSeriesSequence} == {
+        made.series_instance_uid for made in older.analyses[0].objects
+    }
+    assert "Error" not in run(tool("dciodvfy"), stored)
+    assert "Rejected for Quality Reasons" in run(tool("dsrdump"), stored)
+
+
+def test_object_under_way_when_it_was_superseded_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = make_node(tmp_path, monkeypatch)
+    close(here, 30)
+    tasks.analyse(1)
+    sent: list[Any] = []
+
+    def store(n: int, uid: str) -> int:
+        if n == 1:
+            close(here, 39)
+            tasks.analyse(2)
+            return 0xA700
+        sent.append(uid)
+        return 0x0000
+
+    with bad_pacs(
+        classes=[
+            *CLASSES,
+            "1.2.840.10008.5.1.4.1.1.88.11",
+            MultiFrameTrueColorSecondaryCaptureImageStorage,
+            "1.2.840.10008.5.1.4.1.1.7",
+        ]
+    ) as pacs:
+        pacs.on_store = store
+        peer: Peer = pacs.peer()
+        for _ in range(20):
+            Outbox(here.ledger, here.results, "pacs", peer, "LUNGNODE").work_off()
+    newer, older = newest_first(here)
+    assert {one.state for one in deliveries(older)} == {"superseded"}
+    assert sent == [made.sop_instance_uid for made in newer.analyses[0].objects]
