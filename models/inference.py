@@ -1,34 +1,30 @@
 """HU volume → lungs and infection probability on the same grid: the two networks, their resampling and clean-up.
 
-Both networks are 2D and see axial slices at the pixel size they were trained at. Thin slices are averaged to slabs of
-about `SLAB_MM`, so that a volume of 0.6 mm slices costs no more than one of 2.5 mm; probabilities are interpolated
-back. The result depends on the input alone, on one machine.
+Both networks are 2D and see axial slices at the pixel size they were trained at, one that was trained with context also
+the neighbours of each. Thin slices are averaged to slabs of about `SLAB_MM`, so that a volume of 0.6 mm slices costs no
+more than one of 2.5 mm; probabilities are interpolated back. The result depends on the input alone, on one machine.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import cc3d
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import Tensor
-from torch.nn import functional
 
 from models.registry import Bundle, BundleError, ModelIdentity
+from models.resample import restore, shrink
+from models.runtime import open_runtime
 
 RIGHT, LEFT = 1, 2
 
 #: Slices thinner than this are averaged before the networks see them, mm.
 SLAB_MM = 2.5
-
-#: Slices that go through a network at once, and through resampling.
-BATCH = 8
-_CHUNK = 32
 
 #: What of the other lung's label is joined to a lung is given to it up to this part of the lung's volume; more is a
 #: lung of its own.
@@ -48,6 +44,11 @@ _GAS_HU = -935.0
 
 #: The infection network sees the lungs' box and so much around it, mm.
 _MARGIN_MM = 15.0
+
+#: Neighbours in space that share a face.
+_FACES = ndimage.generate_binary_structure(3, 1)
+#: The same within an axial slice.
+_IN_PLANE = _FACES & (np.arange(3) == 1)[:, None, None]
 
 Progress = Callable[[str, float], None]
 
@@ -83,19 +84,16 @@ class Segmenter:
     lungs, infection
         Bundles of `models.registry`.
     device
-        Of torch; by default CUDA where there is a card.
+        'cpu' or 'cuda'; by default CUDA where there is a card.
 
     Raises
     ------
     BundleError
-        A bundle cannot be loaded, or the two do not fit together.
+        A bundle cannot be loaded.
     """
 
     def __init__(self, lungs: Bundle, infection: Bundle, device: str | None = None) -> None:
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._lungs, self._infection = _Network(lungs, self._device), _Network(infection, self._device)
-        if self._lungs.pixel_mm != self._infection.pixel_mm:
-            raise BundleError(f"{lungs.path} and {infection.path} want different pixel_mm")
+        self._lungs, self._infection = _Network(lungs, device), _Network(infection, device)
         self._minimum_lesion_mm3 = float(infection.metadata["minimum_lesion_mm3"])
         self._threshold = float(infection.metadata["threshold"])
 
@@ -127,125 +125,149 @@ class Segmenter:
             raise ValueError(f"a volume [z, y, x] with a positive spacing is needed, not {hu.shape} at {spacing}")
         tell = progress or (lambda stage, done: None)
         timings: dict[str, float] = {}
-        with torch.inference_mode():
-            clock = time.perf_counter()
-            image, slab, pixel = _shrink(hu, spacing, self._lungs.pixel_mm)
-            timings["resample"], clock = _lap(clock)
-            sides = self._segment_lungs(image, (spacing[0] * slab, *pixel), tell)
-            timings["lungs"], clock = _lap(clock)
-            chance = self._segment_infection(image, sides, (spacing[0] * slab, *pixel), tell)
-            timings["infection"], clock = _lap(clock)
-            lungs, probability = _grow(sides, chance, hu.shape, slab)
-            timings["restore"], clock = _lap(clock)
+        slab = max(1, int(SLAB_MM / spacing[0] + 0.25))
+        grids = {}
+        with _lap("resample", timings):
+            for pixel_mm in {self._lungs.pixel_mm, self._infection.pixel_mm}:
+                grids[pixel_mm] = _Grid.of(hu, spacing, slab, pixel_mm)
+        grid = grids[self._lungs.pixel_mm]
+        with _lap("lungs", timings):
+            chances = self._lung_chances(grid, tell)
+        with _lap("clean", timings):
+            sides = _clean_lungs(chances, grid.image, grid.spacing)
+        with _lap("infection", timings):
+            chance = self._infection_chance(grids[self._infection.pixel_mm], sides, tell)
+        with _lap("restore", timings):
+            lungs, probability = restore(sides, chance, hu.shape, slab)
         return Segmentation(lungs, probability, self._threshold, timings)
 
-    def _segment_lungs(self, image: Tensor, spacing: tuple[float, float, float], tell: Progress) -> Tensor:
-        """Fields [2, z, y, x] of right and left lung, over 0.5 within."""
-        chances = torch.empty((2, *image.shape))
-        for rows, logits, done in self._lungs.run(image):
-            chances[:, rows] = torch.softmax(logits, 1)[:, 1:].transpose(0, 1).cpu()
-            tell("lungs", done)
-        return _clean_lungs(chances, image, spacing)
+    def _lung_chances(self, grid: _Grid, tell: Progress) -> NDArray[np.float32]:
+        """Probabilities [2, z, y, x] of right and left lung."""
+        chances = np.empty((2, *grid.image.shape), np.float32)
+        for row, logits in enumerate(self._lungs.run(grid.image)):
+            chances[:, row] = _softmax(logits)[1:]
+            tell("lungs", (row + 1) / len(grid.image))
+        return chances
 
-    def _segment_infection(
-        self, image: Tensor, sides: Tensor, spacing: tuple[float, float, float], tell: Progress
-    ) -> Tensor:
-        """Probability [z, y, x] of infection, whatever lies outside the lungs."""
-        chance = torch.zeros(image.shape)
-        box = _box((sides.amax(0) > 0.5).numpy(), spacing)
+    def _infection_chance(self, grid: _Grid, sides: NDArray[np.float32], tell: Progress) -> NDArray[np.float32]:
+        """Probability [z, y, x] of infection, 0 outside the lungs."""
+        chance = np.zeros(grid.image.shape, np.float32)
+        lungs = _at_nearest(sides.max(0), grid.image.shape)
+        box = _box(lungs > 0.5, grid.spacing)
         if box is None:
             tell("infection", 1.0)
             return chance
         inside = chance[box]
-        for rows, logits, done in self._infection.run(image[box]):
-            inside[rows] = torch.sigmoid(logits)[:, 0].cpu()
-            tell("infection", done)
-        inside *= sides.amax(0)[box] > 0.2
-        positive = (inside >= self._threshold).numpy()
-        smallest = max(1, round(self._minimum_lesion_mm3 / float(np.prod(spacing))))
+        for row, logits in enumerate(self._infection.run(grid.image, box)):
+            inside[row] = _sigmoid(logits[0])
+            tell("infection", (row + 1) / len(inside))
+        inside *= lungs[box] > 0.2
+        positive = inside >= self._threshold
+        smallest = max(1, round(self._minimum_lesion_mm3 / float(np.prod(grid.spacing))))
         small = positive & ~cc3d.dust(positive, smallest, connectivity=26).astype(bool)
-        inside[torch.from_numpy(small)] = 0.99 * self._threshold
+        inside[small] = 0.99 * self._threshold
         return chance
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The volume as a network sees it."""
+
+    #: HU [z, y, x] in slabs and network pixels.
+    image: NDArray[np.float32]
+    #: Size (z, y, x) of a voxel of it, mm.
+    spacing: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, hu: NDArray[np.int16], spacing: tuple[float, float, float], slab: int, pixel_mm: float) -> _Grid:
+        height, width = (max(1, round(n * s / pixel_mm)) for n, s in zip(hu.shape[1:], spacing[1:], strict=True))
+        pixel = hu.shape[1] * spacing[1] / height, hu.shape[2] * spacing[2] / width
+        return cls(shrink(hu, slab, (height, width)), (spacing[0] * slab, *pixel))
 
 
 class _Network:
     """One network and the input it wants."""
 
-    def __init__(self, bundle: Bundle, device: torch.device) -> None:
+    def __init__(self, bundle: Bundle, device: str | None) -> None:
         self.identity = bundle.identity
-        self.pixel_mm = float(bundle.metadata["pixel_mm"])
-        self._low, self._high = (float(value) for value in bundle.metadata["hu_range"])
-        self._device = device
-        self._module = bundle.load(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._stride = int(bundle.metadata["stride"])
+        try:
+            self.pixel_mm = float(bundle.metadata["pixel_mm"])
+            low, high = (float(value) for value in bundle.metadata["hu_range"])
+            #: Neighbours below and above that the network sees beside a slab.
+            self._context = int(bundle.metadata.get("context", 0))
+            self._stride = int(bundle.metadata["stride"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"{bundle.path / 'configs' / 'metadata.json'}: {error!r}") from None
+        self._low, self._high = low, high
+        self._runtime = open_runtime(bundle, device)
 
-    def run(self, image: Tensor) -> Iterator[tuple[slice, Tensor, float]]:
-        """Rows, logits [n, channel, y, x] and the part done, batch by batch, for HU [z, y, x]."""
-        depth, height, width = image.shape
-        pad = (0, -width % self._stride, 0, -height % self._stride)
-        for start in range(0, depth, BATCH):
-            rows = slice(start, min(start + BATCH, depth))
-            batch = (image[rows].clamp(self._low, self._high) - (self._low + self._high) / 2) * 2
-            batch = functional.pad(batch / (self._high - self._low), pad, value=-1.0)[:, None]
-            logits = self._module(batch.to(self._device).contiguous(memory_format=torch.channels_last))
-            yield rows, logits[..., :height, :width], rows.stop / depth
+    def run(
+        self, image: NDArray[np.float32], box: tuple[slice, slice, slice] | None = None
+    ) -> Iterator[NDArray[np.float32]]:
+        """Logits [channel, y, x] slab by slab of HU [z, y, x], or of a box of it; context may lie outside the box."""
+        rows, *plane = box or tuple(slice(0, n) for n in image.shape)
+        height, width = image[0][tuple(plane)].shape
+        padded = height + -height % self._stride, width + -width % self._stride
 
+        def slabs() -> Iterator[NDArray[np.float32]]:
+            for row in range(rows.start, rows.stop):
+                # Inferior to superior; at the ends of the scan the last slab stands in for what is missing.
+                around = np.clip(np.arange(row - self._context, row + self._context + 1), 0, len(image) - 1)
+                slab = np.full((len(around), *padded), -1.0, np.float32)
+                part = np.clip(image[(around, *plane)], self._low, self._high)
+                slab[:, :height, :width] = (part - (self._low + self._high) / 2) * (2 / (self._high - self._low))
+                yield slab
 
-def _shrink(
-    hu: NDArray[np.int16], spacing: tuple[float, float, float], pixel_mm: float
-) -> tuple[Tensor, int, tuple[float, float]]:
-    """The volume [z, y, x] in slabs and network pixels, slices in a slab, and the pixel size (y, x) got."""
-    slab = max(1, int(SLAB_MM / spacing[0] + 0.25))
-    height, width = (max(1, round(n * s / pixel_mm)) for n, s in zip(hu.shape[1:], spacing[1:], strict=True))
-    depth = -(-hu.shape[0] // slab)
-    image = torch.empty((depth, height, width))
-    for start in range(0, depth, _CHUNK):
-        stop = min(start + _CHUNK, depth)
-        # Clipped before it is averaged: metal and the padding outside the reconstruction must not bleed.
-        part = np.clip(hu[start * slab : stop * slab], -1024, 1500).astype(np.float32)
-        short = (stop - start) * slab - len(part)
-        if short:
-            part = np.concatenate([part, np.repeat(part[-1:], short, 0)])
-        thick = torch.from_numpy(part).view(stop - start, slab, *hu.shape[1:]).mean(1)
-        image[start:stop] = functional.interpolate(thick[:, None], (height, width), mode="bilinear", antialias=True)[
-            :, 0
-        ]
-    return image, slab, (hu.shape[1] * spacing[1] / height, hu.shape[2] * spacing[2] / width)
+        for logits in self._runtime.run(slabs()):
+            yield logits[:, :height, :width]
 
 
-def _grow(
-    sides: Tensor, chance: Tensor, shape: tuple[int, ...], slab: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """Lungs and probability on the source grid, slices a few at a time."""
-    lungs = np.zeros(shape, np.uint8)
-    probability = np.zeros(shape, np.float16)
-    fields = torch.cat([sides, chance[None]])
-    for start in range(0, shape[0], _CHUNK):
-        rows = torch.arange(start, min(start + _CHUNK, shape[0]))
-        place = ((rows + 0.5) / slab - 0.5).clamp(0, fields.shape[1] - 1)
-        below = place.floor().long()
-        above = (below + 1).clamp(max=fields.shape[1] - 1)
-        share = (place - below)[:, None, None]
-        part = fields[:, below] * (1 - share) + fields[:, above] * share
-        right, left, infected = functional.interpolate(part, shape[1:], mode="bilinear")
-        label = torch.where(right >= left, RIGHT, LEFT) * (torch.maximum(right, left) > 0.5)
-        lungs[rows] = label.to(torch.uint8).numpy()
-        probability[rows] = (infected * (label > 0)).to(torch.float16).numpy()
-    return lungs, probability
+def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    raised = np.exp(logits - logits.max(0))
+    chances: NDArray[np.float32] = raised / raised.sum(0)
+    return chances
 
 
-def _clean_lungs(chances: Tensor, image: Tensor, spacing: tuple[float, float, float]) -> Tensor:
-    """One component a side, its holes filled; strays of one side within the other change sides, free gas goes."""
-    label = torch.where(chances[0] >= chances[1], RIGHT, LEFT) * (chances.sum(0) > 0.5)
-    sides = _largest_each(_without_gas(label.to(torch.uint8).numpy(), image.numpy(), spacing))
-    fields = torch.zeros_like(chances)
+def _sigmoid(logit: NDArray[np.float32]) -> NDArray[np.float32]:
+    # By tanh, which does not overflow.
+    chance: NDArray[np.float32] = 0.5 + 0.5 * np.tanh(0.5 * logit)
+    return chance
+
+
+def _at_nearest(values: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Slices of another pixel size, by their nearest pixels."""
+    if values.shape == shape:
+        return values
+    rows, columns = (
+        ((np.arange(n) + 0.5) * m / n).astype(np.intp) for n, m in zip(shape[1:], values.shape[1:], strict=True)
+    )
+    return values[:, rows[:, None], columns]
+
+
+def _clean_lungs(
+    chances: NDArray[np.float32], image: NDArray[np.float32], spacing: tuple[float, float, float]
+) -> NDArray[np.float32]:
+    """Fields [2, z, y, x] of right and left lung, over 0.5 within.
+
+    One component a side, its holes filled; strays of one side within the other change sides, free gas goes.
+    """
+    fields = np.zeros_like(chances)
     any_lung = chances.sum(0)
+    found = any_lung > 0.5
+    box = _box(found, spacing)
+    if box is None:
+        return fields
+    right, left = (side[box] for side in chances)
+    label = np.where(right >= left, np.uint8(RIGHT), np.uint8(LEFT)) * found[box]
+    sides = _largest_each(_without_gas(label, image[box], spacing))
+    any_lung = any_lung[box]
     for index, side in enumerate((RIGHT, LEFT)):
         mask = _fill(sides == side, spacing)
-        rim = ndimage.binary_dilation(mask) & ~mask
+        rim = _dilated(mask) & ~mask
+        inside = fields[index][box]
         # Inside, at least a clear yes; on the rim, what the network thought; so that the outline stays smooth.
-        fields[index][torch.from_numpy(mask)] = any_lung[torch.from_numpy(mask)].clamp(min=0.55)
-        fields[index][torch.from_numpy(rim)] = any_lung[torch.from_numpy(rim)].clamp(max=0.45)
+        inside[mask] = any_lung[mask].clip(min=0.55)
+        inside[rim] = any_lung[rim].clip(max=0.45)
     return fields
 
 
@@ -294,26 +316,48 @@ def _largest_each(label: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _fill(mask: NDArray[np.bool_], spacing: tuple[float, float, float]) -> NDArray[np.bool_]:
     """Fill what the lung encloses in space, and small holes in each slice."""
-    filled: NDArray[np.bool_] = ndimage.binary_fill_holes(mask)
-    limit = _HOLE_MM2 / (spacing[1] * spacing[2])
-    for plane in filled:
-        if plane.any():
-            holes, count = ndimage.label(ndimage.binary_fill_holes(plane) & ~plane)
-            if count:
-                plane |= np.isin(holes, 1 + np.flatnonzero(np.bincount(holes.ravel())[1:] <= limit))
+    # A frame of background joins all that is outside.
+    framed = np.pad(~mask, 1, constant_values=True)
+    regions = cc3d.connected_components(framed, connectivity=6, binary_image=True)
+    framed = np.pad(regions[1:-1, 1:-1, 1:-1] == regions[0, 0, 0], ((0, 0), (1, 1), (1, 1)), constant_values=True)
+    holes, count = ndimage.label(framed, _IN_PLANE)
+    sizes = np.bincount(holes.ravel(), minlength=count + 1)
+    kept = sizes > _HOLE_MM2 / (spacing[1] * spacing[2])
+    # Outside even where a thin frame is all of it.
+    kept[holes[:, 0, 0]] = True
+    kept[0] = False
+    filled: NDArray[np.bool_] = ~kept[holes[:, 1:-1, 1:-1]]
     return filled
+
+
+def _dilated(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The mask and its neighbours by face."""
+    dilated = mask.copy()
+    for axis in range(3):
+        ahead, behind = np.moveaxis(dilated, axis, 0)[1:], np.moveaxis(dilated, axis, 0)[:-1]
+        source = np.moveaxis(mask, axis, 0)
+        ahead |= source[:-1]
+        behind |= source[1:]
+    return dilated
 
 
 def _box(mask: NDArray[np.bool_], spacing: tuple[float, float, float]) -> tuple[slice, slice, slice] | None:
     """Box about the mask with the margin in its slices, or None."""
-    if not mask.any():
+    planes = np.flatnonzero([plane.any() for plane in mask])
+    if not len(planes):
         return None
-    found = ndimage.find_objects(mask.astype(np.uint8))[0]
+    flat: NDArray[np.bool_] = np.any(mask[planes], axis=0)
+    found = planes, np.flatnonzero(flat.any(1)), np.flatnonzero(flat.any(0))
     margins = (0, round(_MARGIN_MM / spacing[1]), round(_MARGIN_MM / spacing[2]))
-    z, y, x = (slice(max(0, s.start - m), s.stop + m) for s, m in zip(found, margins, strict=True))
+    z, y, x = (
+        slice(max(0, int(f[0]) - m), min(n, int(f[-1]) + 1 + m))
+        for f, m, n in zip(found, margins, mask.shape, strict=True)
+    )
     return z, y, x
 
 
-def _lap(start: float) -> tuple[float, float]:
-    now = time.perf_counter()
-    return round(now - start, 3), now
+@contextmanager
+def _lap(stage: str, timings: dict[str, float]) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[stage] = round(time.perf_counter() - start, 3)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from models.registry import BUNDLES, WEIGHTS
+from models.runtime import export
 from models.training import datasets
 from models.training.evaluate import evaluate
 from models.training.sampling import HU_RANGE, Task
@@ -57,6 +58,7 @@ def publish(task: Task, weights: Path, data: Path, seed: int, version: str, limi
     _write_json(folder / "configs" / "metadata.json", metadata)
     _write_json(folder / "configs" / "inference.json", {"network_def": PLANS[task].network})
     (folder / "docs" / "README.md").write_text(_card(task, metadata, found, limits), encoding="utf-8")
+    export(folder)
     return folder
 
 

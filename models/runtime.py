@@ -1,0 +1,276 @@
+"""What a network runs on: CUDA through torch where there is a card; on a CPU OpenVINO, or torch where OpenVINO cannot.
+
+A bundle may hold its network as OpenVINO IR beside the weights: it starts without torch, runs several times faster on
+a CPU, and agrees with torch in float32 within 0.002 Dice (tests/models/test_runtime.py). int8 would be faster still,
+but does not agree that well on infection. `python -m models.runtime BUNDLE` writes the IR of a bundle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.registry import Bundle, BundleError, load_bundle
+
+log = logging.getLogger(__name__)
+
+#: The IR's places within a bundle.
+IR = (Path("models") / "model.xml", Path("models") / "model.bin")
+
+#: Slabs that go through torch at once, on a CPU and on a card.
+_BATCH = {"cpu": 8, "cuda": 32}
+
+#: Compiled shapes that are kept; a series needs one, and a hospital's fields of view differ little.
+_SHAPES = 8
+
+_HALF = ("amx_bf16", "avx512_bf16")
+
+
+class Runtime(Protocol):
+    """A network, ready to run."""
+
+    @property
+    def description(self) -> str:
+        """What it runs on, for logs and benchmarks."""
+
+    def run(self, slabs: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        """Logits [channel, y, x] of images [channel, y, x] of one shape, in their order."""
+
+
+def open_runtime(bundle: Bundle, device: str | None = None) -> Runtime:
+    """Open a bundle's network on what runs it fastest.
+
+    Parameters
+    ----------
+    bundle
+        The bundle.
+    device
+        'cpu' or 'cuda'; by default CUDA where there is a card.
+
+    Raises
+    ------
+    BundleError
+        Weights or IR are not what the metadata says, or do not fit the network.
+    """
+    if device is None:
+        device = "cuda" if _has_card() else "cpu"
+    if device == "cpu":
+        try:
+            return OpenVinoRuntime(bundle)
+        except _NoIRError as reason:
+            log.warning("the network '%s' runs on torch, several times slower: %s", bundle.name, reason)
+    return TorchRuntime(bundle, device)
+
+
+class OpenVinoRuntime:
+    """OpenVINO on all cores, in bfloat16 where the CPU multiplies it.
+
+    One slab to a core gives the most slabs a second, and a result that does not depend on the number of cores.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        record = bundle.metadata.get("openvino")
+        if not isinstance(record, dict):
+            raise _NoIRError("it comes without OpenVINO IR")
+        if record.get("weights") != bundle.sha256:
+            raise _NoIRError("its OpenVINO IR was made of other weights")
+        openvino = _openvino()
+        xml, weights = (_verified(bundle.path / file, str(record.get(file.name))) for file in IR)
+        self._core = openvino.Core()
+        self._model = self._core.read_model(xml, weights)
+        half = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self._precision = "bf16" if half else "f32"
+        self._compiled: dict[tuple[int, ...], Any] = {}
+
+    @property
+    def description(self) -> str:
+        """What it runs on."""
+        return f"OpenVINO {self._precision} on {cores()} cores"
+
+    def run(self, slabs: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        """See `Runtime.run`."""
+        idle: list[Any] = []
+        busy: deque[Any] = deque()
+        made = False
+        for slab in slabs:
+            if not made:
+                compiled = self._compile((1, *slab.shape))
+                # One more than run at once, so that no core waits while the caller looks at a result.
+                idle = [compiled.create_infer_request() for _ in range(cores() + 1)]
+                made = True
+            if not idle:
+                yield self._finish(busy, idle)
+            request = idle.pop()
+            request.start_async([slab[None]])
+            busy.append(request)
+        while busy:
+            yield self._finish(busy, idle)
+
+    @staticmethod
+    def _finish(busy: deque[Any], idle: list[Any]) -> NDArray[np.float32]:
+        request = busy.popleft()
+        request.wait()
+        logits: NDArray[np.float32] = request.get_output_tensor().data[0].copy()
+        idle.append(request)
+        return logits
+
+    def _compile(self, shape: tuple[int, ...]) -> Any:
+        """The network for one input shape: fixed shapes run faster, and a tenth of a second compiles one."""
+        if shape not in self._compiled:
+            while len(self._compiled) >= _SHAPES:
+                del self._compiled[next(iter(self._compiled))]
+            model = self._model.clone()
+            model.reshape(list(shape))
+            options = {
+                "INFERENCE_PRECISION_HINT": self._precision,
+                "INFERENCE_NUM_THREADS": cores(),
+                "NUM_STREAMS": cores(),
+            }
+            self._compiled[shape] = self._core.compile_model(model, "CPU", options)
+        return self._compiled[shape]
+
+
+class TorchRuntime:
+    """torch, in half precision where the device computes in it."""
+
+    def __init__(self, bundle: Bundle, device: str) -> None:
+        import torch
+
+        self._torch = torch
+        self._device = torch.device(device)
+        # channels-last feeds tensor cores and oneDNN without copies.
+        module: Any = bundle.load(self._device)
+        self._module = module.to(memory_format=torch.channels_last)
+        if self._device.type == "cuda":
+            self._type: Any = torch.float16
+        else:
+            torch.set_num_threads(cores())
+            self._type = torch.bfloat16 if _multiplies_bfloat16() else None
+
+    @property
+    def description(self) -> str:
+        """What it runs on."""
+        return f"torch {str(self._type or self._torch.float32).removeprefix('torch.')} on {self._device}"
+
+    def run(self, slabs: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        """See `Runtime.run`."""
+        torch, kind = self._torch, self._device.type
+        waiting = iter(slabs)
+        while batch := list(islice(waiting, _BATCH[kind])):
+            with torch.inference_mode(), torch.autocast(kind, self._type, enabled=self._type is not None):
+                images = torch.from_numpy(np.stack(batch))
+                if kind == "cuda":
+                    images = images.pin_memory()
+                images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
+                logits = self._module(images).float().contiguous().cpu().numpy()
+            yield from logits
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def export(path: Path) -> None:
+    """Write a bundle's network as OpenVINO IR beside its weights, and its digests into the metadata.
+
+    Parameters
+    ----------
+    path
+        The bundle's folder.
+    """
+    import torch
+
+    bundle = load_bundle(path)
+    channels = 2 * int(bundle.metadata.get("context", 0)) + 1
+    side = 4 * int(bundle.metadata["stride"])
+    example = torch.zeros(1, channels, side, side)
+    openvino = _openvino()
+    with warnings.catch_warnings():
+        # torch has other plans for its users than traces; OpenVINO still reads them best.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(bundle.load(), example, check_trace=False)  # type: ignore[no-untyped-call]
+    model = openvino.convert_model(traced, input=[[-1, channels, -1, -1]])
+    # Half the size; what the weights lose is less than what bfloat16 loses in every product.
+    openvino.save_model(model, path / IR[0], compress_to_fp16=True)
+    file = path / "configs" / "metadata.json"
+    metadata = json.loads(file.read_text(encoding="utf-8"))
+    metadata["openvino"] = {
+        "version": openvino.__version__,
+        "weights": bundle.sha256,
+        **{part.name: hashlib.sha256((path / part).read_bytes()).hexdigest() for part in IR},
+    }
+    file.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+
+
+class _NoIRError(Exception):
+    """The network cannot run on OpenVINO here; the message says why."""
+
+
+def _openvino() -> Any:
+    # Without this, importing OpenVINO tells Google Analytics about it; a clinical network is to stay silent.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError as error:
+        raise _NoIRError(
+            f"OpenVINO cannot be imported ({error.__class__.__name__}); install the package openvino"
+        ) from None
+    return openvino
+
+
+def _verified(file: Path, expected: str) -> bytes:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read ({error.strerror}); restore it from the release") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise BundleError(f"{file}: sha256 is {found}, metadata.json says {expected}; restore it from the release")
+    return content
+
+
+def _has_card() -> bool:
+    """Whether torch sees a CUDA card; torch, which takes seconds to import, is asked only where there is a driver."""
+    try:
+        ctypes.CDLL("libcuda.so.1" if sys.platform != "win32" else "nvcuda.dll")
+    except OSError:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16; emulated it is slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return any(name in flags for name in _HALF)
+
+
+def main() -> None:
+    """Command line: write the IR of bundles."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("bundle", nargs="+", type=Path, help="a bundle's folder")
+    for path in parser.parse_args().bundle:
+        export(path)
+
+
+if __name__ == "__main__":
+    main()
