@@ -22,6 +22,8 @@ from pydicom._dicom_dict import DicomDictionary
 from pydicom.datadict import tag_for_keyword
 from pydicom.multival import MultiValue
 
+from node.profile import CAPTURE_FORMS, KINDS, Kind, Profile, SegForm, SrForm
+
 #: Where settings are looked for when no file is named: the environment first, then the working folder.
 CONFIG_VARIABLE = "LUNGNODE_CONFIG"
 DEFAULT_FILE = Path("config/node.yaml")
@@ -33,7 +35,6 @@ AETitle = Annotated[
     Field(examples=["LUNGNODE"]),
 ]
 Port = Annotated[int, Field(ge=1, le=65535, examples=[11112])]
-Kind = Literal["infection-seg", "lung-seg", "sr", "capture"]
 
 
 class _Section(BaseModel):
@@ -95,6 +96,15 @@ class Peer(_Section):
     def _yaml_says_true_for_on(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
+    takes: tuple[Kind, ...] = Field(KINDS, examples=[["capture", "pdf"]])
+    """the objects that the peer can store, whatever a route names: infection-seg, lung-seg, sr, capture, pdf"""
+    seg: SegForm = "binary"
+    """form of its segmentations: binary, binary-all-frames (a frame for every slice), or labelmap"""
+    sr: SrForm = "comprehensive-3d"
+    """form of its structured report: comprehensive-3d, or comprehensive"""
+    capture: Annotated[str, StringConstraints(pattern=f"^(?:{CAPTURE_FORMS.pattern})$")] = "key-images"
+    """slices of its colour capture after the summary: key-images, every-slice, or every-N-mm such as every-5-mm"""
+
 
 class Route(_Section):
     """Which series are analysed, and who gets which of the resulting objects."""
@@ -108,7 +118,7 @@ class Route(_Section):
     analysis: Literal["pneumonia"] = "pneumonia"
     """the analysis to run"""
     to: dict[str, tuple[Kind, ...]] = Field(examples=[{"pacs": ["infection-seg", "lung-seg", "sr", "capture"]}])
-    """peers (by name) and the objects that each gets: infection-seg, lung-seg, sr, capture"""
+    """peers (by name) and the objects that each gets: infection-seg, lung-seg, sr, capture, pdf"""
     urgent: bool = False
     """let these series overtake the rest; a Requested Procedure Priority of STAT or HIGH does so too"""
     tell_not_analysed: bool = True
@@ -158,6 +168,13 @@ class Settings(_Section):
     def peers_that_may(self, what: Literal["send", "receive"]) -> dict[str, Peer]:
         """Peers by name that may `send` to us or `receive` from us."""
         return {name: peer for name, peer in self.peers.items() if what in peer.may}
+
+    def profile(self, peer_name: str, kinds: Collection[str]) -> Profile:
+        """What a peer gets of these kinds, and in which form; all of them in the usual form when it is unknown."""
+        peer = self.peers.get(peer_name)
+        if peer is None:
+            return Profile(tuple(kinds))
+        return Profile(tuple(kind for kind in peer.takes if kind in kinds), peer.seg, peer.sr, peer.capture)
 
     def peer_names(self, ae_title: str) -> set[str]:
         """Names of all peers with this AE title."""
@@ -271,8 +288,11 @@ def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
         seen.add(route.name)
         for m, name in enumerate(() if route.from_ == "any" else route.from_):
             yield from _peer_check(settings, ("routes", n, "from", m), name, "send")
-        for name in route.to:
+        for name, kinds in route.to.items():
             yield from _peer_check(settings, ("routes", n, "to", name), name, "receive")
+            if name in settings.peers and kinds and not set(kinds) & set(settings.peers[name].takes):
+                mend = f"Name an object that it takes, or add one to peers.{name}.takes."
+                yield ("routes", n, "to", name), f"peer '{name}' takes none of these objects", mend
         for keyword in route.when:
             if tag_for_keyword(keyword) is None:
                 near = _nearest(keyword, (entry[4] for entry in DicomDictionary.values()))

@@ -20,7 +20,6 @@ from node.intake.assembly import Assembly, AssociationId, ClosedSeries
 from node.intake.header import HeaderError, InstanceHeader, read_header
 from node.intake.spool import Stored
 from node.intake.triage import triage
-from node.results.capture import overlay_png
 from node.tasks import segmenter
 
 
@@ -106,6 +105,9 @@ def _analyse(series: ClosedSeries, target: Path, out: Path, device: str, progres
     target.mkdir(parents=True, exist_ok=True)
     made = results.build(volume, findings, None, target, content_datetime=datetime.now().astimezone())
     overlay = target / "overlay.png"
-    overlay_png(volume, findings, overlay)
+    results.overlay_png(volume, findings, overlay)
+    for one in made:
+        if one.problems:
+            progress.console.print(f"{one.path.name} must not be used: {'; '.join(one.problems)}")
     files = [str(path.relative_to(out)) for path in (*(one.path for one in made), overlay)]
     return Analysed(summary(findings, volume), files)

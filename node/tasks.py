@@ -10,8 +10,9 @@ import functools
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.orm import Session
 
 from models.registry import load_bundle
-from node import results, retention
+from node import earlier, results, retention
 from node.analysis import pipeline
 from node.analysis.findings import Findings
 from node.analysis.summary import summary
@@ -33,6 +34,7 @@ from node.config import Settings, load
 from node.delivery import superseding
 from node.delivery.outbox import Outbox
 from node.ledger import Analysis, Delivery, Ledger, Object, Series, State
+from node.profile import FALLBACK, Profile
 from node.telemetry import logs
 
 if TYPE_CHECKING:
@@ -161,8 +163,11 @@ def analyse(row: int) -> None:
             analysis.summary = made.summary
             known = {one.sop_instance_uid for one in analysis.objects}  # from before a retry by hand
             new = [one for one in made.objects if one.sop_instance_uid not in known]
-            analysis.objects += [_as_row(here, one, analysis.destinations) for one in new]
+            analysis.objects += [_as_row(here, one, work.profiles) for one in new]
             here.ledger.tell(session, analysis.series_id, "analysis", made.reason)
+            for one in new:
+                if one.problems:
+                    here.ledger.tell(session, analysis.series_id, "check", f"{one.kind} {_stopped(one)}")
             session.flush()
             superseding.supersede(here.ledger, session, analysis, {one.sop_instance_uid for one in made.objects})
             session.flush()
@@ -239,7 +244,8 @@ class _Work:
     series_uid: str
     paths: list[Path]
     folder: Path
-    kinds: list[str]
+    #: What each peer gets, and in which form, by the peer's name.
+    profiles: dict[str, Profile]
     tell: bool
     not_analysed: str | None
     gave_up: str | None
@@ -270,7 +276,7 @@ def _begin(here: Node, row: int) -> _Work:
             series.series_instance_uid,
             [here.spool / name for name in series.instances],
             here.results / series.series_instance_uid / f"{series.generation}-{analysis.id}",
-            sorted({kind for kinds in analysis.destinations.values() for kind in kinds}),
+            {peer: here.settings.profile(peer, kinds) for peer, kinds in analysis.destinations.items()},
             analysis.tell,
             analysis.not_analysed,
             analysis.gave_up,
@@ -290,7 +296,11 @@ def _make(here: Node, work: _Work) -> _Made:
         volume, findings = pipeline.analyse(work.paths, segmenter(here.settings.worker.device), _told(here, work))
     except VolumeError as refusal:
         return _not_analysed(work, str(refusal))
-    made = results.build(volume, findings, None, work.folder, work.kinds, content_datetime=work.content_at)
+    before = earlier.results_of(here.ledger, here.spool, work.series_id, findings.models)
+    profiles = _with_fallback(work.profiles)
+    made = results.build(
+        volume, findings, None, work.folder, profiles, content_datetime=work.content_at, earlier=before
+    )
     return _Made("done", outcome(findings), made, summary(findings, volume))
 
 
@@ -311,7 +321,8 @@ def _not_analysed(work: _Work, reason: str) -> _Made:
     if not work.tell:
         return _Made("refused", f"not analysed: {reason}", [])
     headers = [dcmread(path, stop_before_pixels=True) for path in work.paths]
-    made = results.not_analysed(headers, reason, work.folder, work.kinds, content_datetime=work.content_at)
+    profiles = _with_fallback(work.profiles)
+    made = results.not_analysed(headers, reason, work.folder, profiles, content_datetime=work.content_at)
     return _Made("refused", f"not analysed: {reason}", made)
 
 
@@ -326,15 +337,29 @@ def outcome(findings: Findings) -> str:
     )
 
 
-def _as_row(here: Node, made: results.ResultObject, destinations: dict[str, list[str]]) -> Object:
+def _with_fallback(profiles: dict[str, Profile]) -> list[Profile]:
+    """What the peers get, and the capture of each: it goes where a peer refuses the rest."""
+    return [*profiles.values(), *(replace(one, kinds=(FALLBACK,)) for one in profiles.values())]
+
+
+def _as_row(here: Node, made: results.ResultObject, profiles: dict[str, Profile]) -> Object:
+    """The object, and what is owed of it; one that did not pass its check is refused before it is sent."""
+    peers = [peer for peer, profile in profiles.items() if profile in made.profiles]
+    ended: dict[str, Any] = {}
+    if made.problems:
+        ended = {"state": "refused", "reason": _stopped(made), "finished_at": time.time()}
     return Object(
         kind=made.kind,
         sop_class_uid=made.sop_class_uid,
         sop_instance_uid=made.sop_instance_uid,
         series_instance_uid=made.series_instance_uid,
         path=str(made.path.relative_to(here.results)),
-        deliveries=[Delivery(peer=peer) for peer, kinds in destinations.items() if made.kind in kinds],
+        deliveries=[Delivery(peer=peer, **ended) for peer in peers],
     )
+
+
+def _stopped(made: results.ResultObject) -> str:
+    return f"stopped before sending, as its check failed: {'; '.join(made.problems)}"
 
 
 def _rejection_notes(here: Node, session: Session, analysis: Analysis, work: _Work) -> list[Object]:

@@ -71,7 +71,7 @@ def test_empty_file_is_the_defaults() -> None:
             "Did you mean 'pacs'?",
         ),
         (
-            PEER + "routes:\n- name: a\n  to:\n    pacs: [pdf]\n",
+            PEER + "routes:\n- name: a\n  to:\n    pacs: [gsps]\n",
             6,
             "routes.0.to.pacs.0",
             "'sr'",

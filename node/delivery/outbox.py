@@ -21,10 +21,11 @@ from pydicom.errors import InvalidDicomError
 from sqlalchemy import select
 
 from node.config import Peer
-from node.delivery import commitment
+from node.delivery import commitment, fallback
 from node.delivery.peer import MAX_CONTEXTS, ByAssociation, Outgoing, PeerError, association, contexts_for
 from node.delivery.stow import ByStow
 from node.ledger import Analysis, Delivery, Lease, Ledger, LineLease, Object, Series, State, free
+from node.profile import STOPPED
 from node.telemetry.logs import plainly
 
 log = structlog.get_logger(__name__)
@@ -128,6 +129,9 @@ class Outbox:
         """The objects of a batch; one whose file is gone or no DICOM is refused here."""
         read = []
         for parcel in batch:
+            if parcel.path.name.endswith(STOPPED):
+                self._refuse(parcel, "it did not pass its check and is never sent")
+                continue
             try:
                 read.append((parcel, Outgoing.read(parcel.path)))
             except (FileNotFoundError, InvalidDicomError, AttributeError):
@@ -223,10 +227,11 @@ class Outbox:
                 self._end(lease, parcel, "refused", f"{parcel.kind} not delivered to {self.name}: {reason}")
 
     def _end(self, lease: Lease, parcel: Parcel, state: State, outcome: str) -> None:
-
         with lease.finish(state, outcome) as session:
             if state == "waiting":  # for the peer's commitment
                 delivery = session.get_one(Delivery, parcel.row)
                 delivery.stored_at, delivery.due_at, delivery.finished_at = time.time(), 0.0, None
             self.ledger.tell(session, parcel.series_id, "delivery", outcome)
+            if state == "refused" and self.peer is not None:
+                fallback.owe(self.ledger, session, session.get_one(Delivery, parcel.row), self.peer)
         log.info("delivery", outcome=outcome)

@@ -1,13 +1,15 @@
 """Findings → DICOM objects on disk, one Part 10 file each.
 
-`build` makes what an analysis found into segmentations, a structured report and a colour capture; `not_analysed` makes
-the objects that say why there is no result. Both give the same files when called again with the same arguments.
+`build` makes what an analysis found into segmentations, a structured report, a colour capture and a PDF, in the forms
+that the peers take; `not_analysed` makes the objects that say why there is no result. Both give the same files when
+called again with the same arguments. Each object is read back and checked; one that does not pass says so.
 """
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,14 +20,22 @@ from pydicom.dataset import Dataset
 
 from node.analysis.findings import Findings
 from node.analysis.volume import Volume
-from node.results import capture, rejection, report, segmentation, text_report
-from node.results.capture import overlay_png
+from node.profile import KINDS, SEGMENTATIONS, STOPPED, Profile
+from node.results import capture, check, document, rejection, report, segmentation, text_report
+from node.results.course import Earlier
+from node.results.drawing import PatientView
 from node.results.identity import Analysis, SourceInstance, ascii_text, source_instances
 
-__all__ = ["KINDS", "ResultObject", "build", "not_analysed", "overlay_png", "rejection_note"]
-
-#: Kinds of result objects.
-KINDS = ("infection-seg", "lung-seg", "sr", "capture")
+__all__ = [
+    "KINDS",
+    "Earlier",
+    "Profile",
+    "ResultObject",
+    "build",
+    "not_analysed",
+    "overlay_png",
+    "rejection_note",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,10 @@ class ResultObject:
     sop_class_uid: str
     sop_instance_uid: str
     series_instance_uid: str
+    #: Those of the profiles asked for that it is part of.
+    profiles: tuple[Profile, ...] = ()
+    #: Why it must not be sent, in a sentence each; empty for one that may.
+    problems: tuple[str, ...] = ()
 
 
 def build(
@@ -44,9 +58,10 @@ def build(
     findings: Findings,
     sources: Sequence[Dataset] | None,
     directory: Path,
-    kinds: Iterable[str] = KINDS,
+    profiles: Iterable[Profile] = (Profile(),),
     *,
     content_datetime: datetime,
+    earlier: Sequence[Earlier] = (),
 ) -> list[ResultObject]:
     """Make the result objects of an analysis.
 
@@ -58,12 +73,15 @@ def build(
         Headers of the source instances, in any order; None to read them from the files that `volume` names. Patient
         and study attributes come from the first slice's.
     directory
-        An existing folder; each object is written there as ``KIND.dcm``, and one that is there is replaced.
-    kinds
-        Which of `KINDS` to make. One that has nothing to say is left out: without infection there is no
-        infection-seg, without a lung no lung-seg. `sr` and `capture` then say so.
+        An existing folder; each object is written there as ``KIND.dcm`` or ``KIND-FORM.dcm``, and one that is there
+        is replaced. One that must not be sent is called ``….stopped.dcm``.
+    profiles
+        What each peer takes; what several have in common is made once. A kind that has nothing to say is left out:
+        without infection there is no infection-seg, without a lung no lung-seg. The others then say so.
     content_datetime
         When the analysis was done; an aware one is written in the source's zone, or else in local time.
+    earlier
+        What earlier scans of the patient came to, for the capture and the PDF.
 
     Returns
     -------
@@ -73,10 +91,9 @@ def build(
     Raises
     ------
     ValueError
-        An unknown kind, masks that do not fit the volume, infection outside the lungs, or no header of the first
-        slice among `sources`.
+        Masks that do not fit the volume, infection outside the lungs, or no header of the first slice among
+        `sources`.
     """
-    wanted = _known(kinds)
     _require_fit(volume, findings)
     analysis = Analysis(
         header=_first_header(volume, sources),
@@ -84,21 +101,37 @@ def build(
         models=findings.models,
         content_datetime=content_datetime,
     )
-    makers: dict[str, Callable[[], Dataset | None]] = {
-        "infection-seg": lambda: segmentation.infection(volume, findings, analysis),
-        "lung-seg": lambda: segmentation.lungs(volume, findings, analysis),
-        "sr": lambda: report.build(findings, analysis) or text_report.not_analysed("no lung was found", analysis),
-        "capture": lambda: capture.build(volume, findings, analysis),
-    }
-    made = ((kind, makers[kind]()) for kind in KINDS if kind in wanted)
-    return [_write(kind, dataset, directory) for kind, dataset in made if dataset is not None]
+    view = PatientView.of(volume, findings)
+
+    def make(kind: str, profile: Profile) -> Dataset | None:
+        if kind in SEGMENTATIONS:
+            return segmentation.build(volume, findings, analysis, kind, profile.seg)
+        if kind == "sr":
+            made = report.build(volume, findings, analysis, profile)
+            return made or text_report.not_analysed("no lung was found", analysis)
+        if kind == "capture":
+            return capture.build(view, findings, analysis, profile, earlier)
+        return document.build(volume, view, findings, analysis, earlier)
+
+    wanted: dict[tuple[str, str], list[Profile]] = {}
+    for profile in dict.fromkeys(profiles):
+        for kind in profile.kinds:
+            wanted.setdefault((kind, profile.form(kind)), []).append(profile)
+    objects = []
+    for kind, form in sorted(wanted, key=lambda key: (KINDS.index(key[0]), key[1])):
+        of = wanted[kind, form]
+        if (dataset := make(kind, of[0])) is not None:
+            name = f"{kind}-{form}" if form else kind
+            objects.append(_write(kind, name, dataset, directory, tuple(of), analysis, volume, findings))
+    return objects
 
 
 def not_analysed(
     source_headers: Sequence[Dataset],
     reason: str,
     directory: Path,
-    kinds: Iterable[str],
+    profiles: Iterable[Profile] = (Profile(),),
+    *,
     content_datetime: datetime,
 ) -> list[ResultObject]:
     """Make the objects that say in the source's study why the series was not analysed.
@@ -111,21 +144,25 @@ def not_analysed(
         Free of patient data; goes into the UIDs, so that another reason makes other objects.
     directory, content_datetime
         As for `build`.
-    kinds
-        Of these, `sr` (a plain text document) and `capture` (one page) are made; there is nothing to segment.
+    profiles
+        Of their kinds, `sr` (a plain text document) and `capture` (one page) are made, each in one form for all.
 
     Raises
     ------
     ValueError
-        An unknown kind, or no header.
+        No header.
     """
-    wanted = _known(kinds)
     if not source_headers:
         raise ValueError("at least one header is needed to place the object in its study")
     reason = ascii_text(reason)
     analysis = Analysis(source_headers[0], source_instances(source_headers), (), content_datetime)
     makers = {"sr": text_report.not_analysed, "capture": capture.not_analysed}
-    return [_write(kind, makers[kind](reason, analysis), directory) for kind in makers if kind in wanted]
+    asked = tuple(dict.fromkeys(profiles))
+    objects = []
+    for kind, make in makers.items():
+        if of := tuple(profile for profile in asked if kind in profile.kinds):
+            objects.append(_write(kind, kind, make(reason, analysis), directory, of, analysis))
+    return objects
 
 
 def rejection_note(
@@ -147,14 +184,12 @@ def rejection_note(
         As for `build`.
     """
     analysis = Analysis(source_header, (), (), content_datetime)
-    return _write(name, rejection.note(outdated, analysis), directory)
+    return _write("rejection-note", name, rejection.note(outdated, analysis), directory, (), analysis)
 
 
-def _known(kinds: Iterable[str]) -> set[str]:
-    wanted = set(kinds)
-    if unknown := wanted - set(KINDS):
-        raise ValueError(f"unknown kinds of result {sorted(unknown)}; there are {', '.join(KINDS)}")
-    return wanted
+def overlay_png(volume: Volume, findings: Findings, path: Path) -> None:
+    """Write a PNG montage of the summary and of slices."""
+    capture.overlay_png(PatientView.of(volume, findings), findings, path)
 
 
 def _require_fit(volume: Volume, findings: Findings) -> None:
@@ -164,7 +199,10 @@ def _require_fit(volume: Volume, findings: Findings) -> None:
         raise ValueError(f"masks of {findings.lungs.shape} and {findings.lesions.shape} for a volume of {shape}")
     if len(volume.sources) != shape[0]:
         raise ValueError(f"{len(volume.sources)} source slices for a volume of {shape[0]}")
-    if np.any((findings.lesions > 0) & (findings.lungs == 0)):
+    # Slice by slice: masks of the whole volume would cost as much memory as the volume.
+    if any(
+        np.any((lesions > 0) & (lungs == 0)) for lesions, lungs in zip(findings.lesions, findings.lungs, strict=True)
+    ):
         raise ValueError("infection outside the lungs belongs to neither side")
     if not findings.models:
         raise ValueError("findings that name no model cannot be attributed")
@@ -180,14 +218,26 @@ def _first_header(volume: Volume, sources: Sequence[Dataset] | None) -> Dataset:
     raise ValueError(f"no header of instance {first.sop_instance_uid} among the sources")
 
 
-def _write(kind: str, dataset: Dataset, directory: Path) -> ResultObject:
-    """Write a file that is either whole or not there under its name."""
-    path = directory / f"{kind}.dcm"
-    part = directory / f".{kind}.dcm.{os.getpid()}.part"
+def _write(
+    kind: str,
+    name: str,
+    dataset: Dataset,
+    directory: Path,
+    profiles: tuple[Profile, ...],
+    analysis: Analysis,
+    volume: Volume | None = None,
+    findings: Findings | None = None,
+) -> ResultObject:
+    """Write a file that is either whole or not there under its name, and has passed the check or is called stopped."""
+    part = directory / f".{name}.dcm.{os.getpid()}.part"
     with part.open("wb") as file:
         pydicom.dcmwrite(file, dataset, enforce_file_format=True)
         file.flush()
         os.fsync(file.fileno())
+    if isinstance(frames := dataset.get("PixelData"), io.IOBase):
+        frames.close()
+    problems = check.problems(part, kind, analysis, volume, findings)
+    path = directory / (f"{name}{STOPPED}" if problems else f"{name}.dcm")
     part.replace(path)
     folder = os.open(directory, os.O_RDONLY)
     try:
@@ -195,5 +245,11 @@ def _write(kind: str, dataset: Dataset, directory: Path) -> ResultObject:
     finally:
         os.close(folder)
     return ResultObject(
-        kind, path, str(dataset.SOPClassUID), str(dataset.SOPInstanceUID), str(dataset.SeriesInstanceUID)
+        kind,
+        path,
+        str(dataset.SOPClassUID),
+        str(dataset.SOPInstanceUID),
+        str(dataset.SeriesInstanceUID),
+        profiles,
+        tuple(problems),
     )

@@ -1,12 +1,13 @@
 """Colour capture: the result as pictures, for the many viewers that show neither SEG nor SR.
 
-One Multi-frame True Color Secondary Capture, uncompressed: the first frame is a summary, the others are key slices
-from the head down.
+One Multi-frame True Color Secondary Capture, uncompressed: the first frame is a summary, the others are slices from
+the head down: key images, every slice, or one every so many mm, as the peer asks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +18,29 @@ from pydicom.sequence import Sequence as Items
 from pydicom.uid import MultiFrameTrueColorSecondaryCaptureImageStorage
 
 from node.analysis.findings import Findings
-from node.analysis.volume import Volume
+from node.profile import Profile
+from node.results.course import Earlier
 from node.results.drawing import PatientView
 from node.results.identity import NOT_FOR_DIAGNOSIS, Analysis, describe
-from node.results.pages import SIDE, key_page, key_planes, not_analysed_page, summary_page, tile
-
-#: Key slices after the summary: about one every 15 mm of an adult's lungs, and with the summary 37 MB.
-KEY_SLICES = 20
+from node.results.pages import SIDE, key_planes, not_analysed_page, planes_of, slice_page, summary_page, tile
 
 #: Series Number is 100 times the source's plus this.
 _SERIES_OFFSET = 94
 
 
-def build(volume: Volume, findings: Findings, analysis: Analysis) -> Dataset:
+def build(
+    view: PatientView, findings: Findings, analysis: Analysis, profile: Profile, earlier: Sequence[Earlier] = ()
+) -> Dataset:
     """Capture of `findings`; made whether or not something is infected."""
-    view = PatientView.of(volume, findings)
-    planes = key_planes(view, KEY_SLICES)
-    pages = [summary_page(view, findings), *(key_page(view, findings, plane) for plane in planes)]
+    planes = planes_of(view, profile.capture)
     labels = ["Summary", *(f"z {view.heights[plane]:.1f} mm" for plane in planes)]
-    return _capture(pages, labels, analysis, "AI overview (colour)", "")
+
+    def pages() -> Iterable[Image.Image]:
+        yield summary_page(view, findings, earlier)
+        for plane in planes:
+            yield slice_page(view, findings, plane)
+
+    return _capture(pages(), labels, analysis, "AI overview (colour)", profile.form("capture"))
 
 
 def not_analysed(reason: str, analysis: Analysis) -> Dataset:
@@ -43,9 +48,8 @@ def not_analysed(reason: str, analysis: Analysis) -> Dataset:
     return _capture([not_analysed_page(reason)], ["Not analysed"], analysis, "AI: not analysed", reason)
 
 
-def overlay_png(volume: Volume, findings: Findings, path: Path) -> None:
+def overlay_png(view: PatientView, findings: Findings, path: Path) -> None:
     """Write a PNG montage: the summary page, and beside it twelve slices from the head down."""
-    view = PatientView.of(volume, findings)
     width, height = SIDE * 5 // 12, SIDE // 3
     montage = Image.new("RGB", (SIDE + 4 * width, SIDE))
     montage.paste(summary_page(view, findings), (0, 0))
@@ -55,26 +59,31 @@ def overlay_png(volume: Volume, findings: Findings, path: Path) -> None:
 
 
 def _capture(
-    pages: Sequence[Image.Image], labels: Sequence[str], analysis: Analysis, series_description: str, variant: str
+    pages: Iterable[Image.Image], labels: Sequence[str], analysis: Analysis, series_description: str, variant: str
 ) -> Dataset:
     capture = Dataset()
     capture.ImageType = ["DERIVED", "SECONDARY"]
     capture.ConversionType = "WSD"
     capture.BodyPartExamined = "CHEST"
     capture.PatientOrientation = None
-    capture.BurnedInAnnotation = "YES"
+    # No text on the pages says who the patient is (PS3.3 C.7.6.1.1).
+    capture.BurnedInAnnotation = "NO"
     capture.LossyImageCompression = "00"
     capture.DerivationDescription = NOT_FOR_DIAGNOSIS
-    capture.SourceImageSequence = Items(_references(analysis))
+    capture.SourceImageSequence = Items(references(analysis))
     capture.SamplesPerPixel, capture.PhotometricInterpretation, capture.PlanarConfiguration = 3, "RGB", 0
     capture.Rows = capture.Columns = SIDE
     capture.BitsAllocated, capture.BitsStored, capture.HighBit, capture.PixelRepresentation = 8, 8, 7, 0
-    capture.NumberOfFrames = len(pages)
-    if len(pages) > 1:  # the two may not be there for one frame (PS3.3 C.8.6.3)
+    capture.NumberOfFrames = len(labels)
+    if len(labels) > 1:  # the two may not be there for one frame (PS3.3 C.8.6.3)
         capture.FrameIncrementPointer = tag_for_keyword("FrameLabelVector")
         capture.FrameLabelVector = list(labels)
-    pixels = b"".join(np.asarray(page).tobytes() for page in pages)
-    capture.PixelData = pixels + b"\0" * (len(pixels) % 2)
+    # On disk until the object is written: a capture of every slice is larger than the series.
+    frames = tempfile.TemporaryFile()  # noqa: SIM115 - the data set reads it when it is written
+    for page in pages:
+        frames.write(np.asarray(page).tobytes())
+    frames.seek(0)
+    capture.PixelData = frames
     capture["PixelData"].VR = "OB"
     describe(
         capture,
@@ -89,7 +98,8 @@ def _capture(
     return capture
 
 
-def _references(analysis: Analysis) -> list[Dataset]:
+def references(analysis: Analysis) -> list[Dataset]:
+    """The source instances, as items of Source Image and Source Instance Sequence."""
     items = []
     for source in analysis.unique_instances():
         item = Dataset()

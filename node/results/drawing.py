@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from scipy import ndimage
 from node.analysis.findings import Findings
 from node.analysis.orientation import Orientation
 from node.analysis.volume import Volume
-from node.results.typesetting import DIM, TEXT, write
+from node.results.typesetting import MEDIUM, TEXT, write
 
 #: Colours, near those of the palette of Okabe and Ito: orange and blue differ for every kind of colour vision, and in
 #: brightness, so that they differ on a grey monitor too.
@@ -71,6 +72,12 @@ class PatientView:
             )
         return ranges[0], ranges[1], ranges[2]
 
+    def mean_hu(self, axis: int) -> NDArray[np.float32]:
+        """Mean attenuation along an axis within the box, from air to soft tissue."""
+        hu = np.clip(self.hu[self.box], -1000, 300)
+        total: NDArray[np.float32] = hu.mean(axis=axis, dtype=np.float32)
+        return total
+
     @cached_property
     def lung_planes(self) -> NDArray[np.intp]:
         """Axial planes that show lung, from the feet up; all planes where there is no lung."""
@@ -89,40 +96,38 @@ def axial(view: PatientView, plane: int, width: int, height: int) -> Image.Image
     rows, columns = view.box[1:]
     frame = _Frame(view.spacing[1:], (rows.stop - rows.start, columns.stop - columns.start), width, height)
     centre, span = LUNG_WINDOW
-    grey = (view.hu[plane, rows, columns] - (centre - span / 2)) / span
+    grey = (view.hu[plane, rows, columns] - np.float32(centre - span / 2)) / np.float32(span)
     picture = frame.grey(grey)
-    lungs = [frame.mask(view.lungs[plane, rows, columns] == side) for side in (1, 2)]
     infection = frame.mask(view.infection[plane, rows, columns])
-    picture = _paint(picture, infection, INFECTION, _TINT)
-    for lung in lungs:
-        picture = _paint(picture, _edge(lung, 1), LUNG, 0.85)
-    picture = _paint(picture, _edge(infection, 2), INFECTION, 1.0)
-    image = frame.on_black(picture)
-    return _mark(image, frame, ("A", "P", "R", "L"))
+    _paint(picture, infection, INFECTION, _TINT)
+    for side in (1, 2):
+        lung = frame.mask(view.lungs[plane, rows, columns] == side)
+        _paint(picture, _edge(lung, 1), LUNG, 0.85)
+    _paint(picture, _edge(infection, 2), INFECTION, 1.0)
+    return _mark(frame.on_black(picture), frame, ("A", "P", "R", "L"))
 
 
-def coronal_projection(view: PatientView, width: int, height: int) -> Image.Image:
-    """The chest from the front: mean attenuation as grey, thickness of infection as tint."""
-    planes, rows, columns = view.box
-    frame = _Frame(
-        (view.spacing[0], view.spacing[2]),
-        (planes.stop - planes.start, columns.stop - columns.start),
-        width,
-        height,
-    )
-    # Head up: the first row of a picture is the highest plane.
-    hu = view.hu[planes, rows, columns][::-1]
-    grey = np.clip(hu, -1000, 300).mean(axis=1, dtype=np.float32)
+def projection(view: PatientView, side: Literal["front", "below"], width: int, height: int) -> Image.Image:
+    """The chest from the front or from below: mean attenuation as grey, thickness of infection as tint."""
+    box = view.box
+    axis = 1 if side == "front" else 0
+    rows, columns = (0, 2) if side == "front" else (1, 2)
+    extent = box[rows].stop - box[rows].start, box[columns].stop - box[columns].start
+    frame = _Frame((view.spacing[rows], view.spacing[columns]), extent, width, height)
+    # Head up: the first row of a picture from the front is the highest plane.
+    step = -1 if side == "front" else 1
+    grey = view.mean_hu(axis)[::step]
     low, high = np.percentile(grey, (1, 99))
     picture = frame.grey((grey - low) / max(float(high - low), 1.0) * 0.85)
-    thickness = view.infection[planes, rows, columns][::-1].sum(axis=1) * view.spacing[1]
+    thickness = view.infection[box].sum(axis=axis)[::step] * view.spacing[axis]
     # 5 mm is seen, 60 mm and more is full.
     strength = np.where(thickness > 0, np.clip(0.25 + thickness / 80, 0, 1), 0)
-    picture = _paint(picture, frame.smooth(strength), INFECTION, 1.0)
-    for side in (1, 2):
-        lung = frame.mask((view.lungs[planes, rows, columns][::-1] == side).any(axis=1))
-        picture = _paint(picture, _edge(lung, 1), LUNG, 0.85)
-    return _mark(frame.on_black(picture), frame, ("H", "F", "R", "L"))
+    _paint(picture, frame.smooth(strength), INFECTION, 1.0)
+    for value in (1, 2):
+        lung = frame.mask((view.lungs[box] == value).any(axis=axis)[::step])
+        _paint(picture, _edge(lung, 1), LUNG, 0.85)
+    letters = ("H", "F", "R", "L") if side == "front" else ("A", "P", "R", "L")
+    return _mark(frame.on_black(picture), frame, letters)
 
 
 class _Frame:
@@ -136,42 +141,52 @@ class _Frame:
         self.canvas = width, height
         self.corner = (width - self.size[0]) // 2, (height - self.size[1]) // 2
 
-    def grey(self, plane: NDArray[np.floating]) -> NDArray[np.float32]:
-        """Plane of 0 to 1 as RGB 0 to 255, resampled."""
+    def grey(self, plane: NDArray[np.floating]) -> Image.Image:
+        """Plane of 0 to 1 as a grey picture in RGB, resampled."""
         levels = Image.fromarray((np.clip(plane, 0, 1) * 255).astype(np.uint8))
-        resized = np.asarray(levels.resize(self.size, Image.Resampling.BICUBIC), np.float32)
-        return np.repeat(resized[..., None], 3, axis=2)
+        return levels.resize(self.size, Image.Resampling.BICUBIC).convert("RGB")
 
-    def mask(self, plane: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Mask resampled with a smooth border, 0 or 1."""
-        return (self.smooth(plane) >= 0.5).astype(np.float32)
+    def mask(self, plane: NDArray[np.bool_]) -> Image.Image:
+        """Mask resampled with a smooth border, 0 or 255."""
+        return self.smooth(plane).point(lambda level: 255 if level >= 128 else 0)
 
-    def smooth(self, plane: NDArray[np.floating] | NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Plane of 0 to 1 resampled linearly."""
+    def smooth(self, plane: NDArray[np.floating] | NDArray[np.bool_]) -> Image.Image:
+        """Plane of 0 to 1 resampled linearly, 0 to 255."""
         levels = Image.fromarray((np.asarray(plane, np.float32) * 255).round().astype(np.uint8))
-        resized = np.asarray(levels.resize(self.size, Image.Resampling.BILINEAR), np.float32)
-        return resized / np.float32(255)
+        return levels.resize(self.size, Image.Resampling.BILINEAR)
 
-    def on_black(self, picture: NDArray[np.float32]) -> Image.Image:
+    def on_black(self, picture: Image.Image) -> Image.Image:
         """The picture on its canvas."""
         canvas = Image.new("RGB", self.canvas)
-        canvas.paste(Image.fromarray(picture.round().astype(np.uint8)), self.corner)
+        canvas.paste(picture, self.corner)
         return canvas
 
 
-def _edge(mask: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+def _edge(mask: Image.Image, width: int) -> Image.Image:
     """Line of `width` pixels just inside the border of a mask, with soft edges."""
-    inside = ndimage.binary_erosion(mask > 0, iterations=width, border_value=1)
-    soft: NDArray[np.float32] = np.clip(ndimage.gaussian_filter(mask * ~inside, 0.6) * 1.6, 0, 1).astype(np.float32)
-    return soft
+    edge = Image.new("L", mask.size)
+    box = mask.getbbox()
+    if box is None:
+        return edge
+    # A border of two pixels lets the softened line run out; a mask that the picture cuts off has no line there.
+    part = np.pad(np.asarray(mask.crop(box)) > 0, 2, mode="edge")
+    outside = np.zeros_like(part)
+    outside[:2] = outside[-2:] = outside[:, :2] = outside[:, -2:] = True
+    outside[:2] &= box[1] > 0
+    outside[-2:] &= box[3] < mask.height
+    outside[:, :2] &= box[0] > 0
+    outside[:, -2:] &= box[2] < mask.width
+    part &= ~outside
+    line = part & ~ndimage.binary_erosion(part, iterations=width, border_value=1)
+    soft = np.clip(ndimage.gaussian_filter(line.astype(np.float32), 0.6) * 1.6, 0, 1)
+    edge.paste(Image.fromarray((soft * 255).astype(np.uint8)), (box[0] - 2, box[1] - 2))
+    return edge
 
 
-def _paint(
-    picture: NDArray[np.float32], where: NDArray[np.float32], colour: tuple[int, int, int], strength: float
-) -> NDArray[np.float32]:
-    opacity = (where * strength)[..., None]
-    painted: NDArray[np.float32] = picture * (1 - opacity) + np.array(colour, np.float32) * opacity
-    return painted
+def _paint(picture: Image.Image, where: Image.Image, colour: tuple[int, int, int], strength: float) -> None:
+    """Lay a colour over the picture, as opaque as `where` (0 to 255) times `strength`."""
+    if where.getbbox() is not None:
+        picture.paste(colour, mask=where.point(lambda level: round(level * strength)))
 
 
 def _mark(image: Image.Image, frame: _Frame, letters: tuple[str, str, str, str]) -> Image.Image:
@@ -180,15 +195,18 @@ def _mark(image: Image.Image, frame: _Frame, letters: tuple[str, str, str, str])
     width, height = image.size
     size = max(13, min(20, width // 26))
     top, bottom, left, right = letters
-    write(draw, (width / 2, 6), top, size, TEXT, "ma")
-    write(draw, (width / 2, height - 6), bottom, size, TEXT, "md")
-    write(draw, (8, height / 2), left, size, TEXT, "lm")
-    write(draw, (width - 8, height / 2), right, size, TEXT, "rm")
+    for letter, place, anchor in (
+        (top, (width / 2, 6), "ma"),
+        (bottom, (width / 2, height - 6), "md"),
+        (left, (8, height / 2), "lm"),
+        (right, (width - 8, height / 2), "rm"),
+    ):
+        write(draw, place, letter, size, TEXT, anchor, weight=MEDIUM, edge=2)
     bar = round(50 * frame.scale)
     if 30 <= bar <= width // 3:
-        x, y = width - 14 - bar, height - 14
-        for colour, thick in (((0, 0, 0), 5), (DIM, 2)):
+        x, y = width - 14 - bar, height - 12
+        for colour, thick in (((0, 0, 0), 5), (TEXT, 2)):
             for line in ((x, y, x + bar, y), (x, y - 4, x, y + 4), (x + bar, y - 4, x + bar, y + 4)):
                 draw.line(line, colour, thick)
-        write(draw, (x + bar / 2, y - 7), "5 cm", 13, DIM, "md")
+        write(draw, (x + bar / 2, y - 6), "5 cm", 13, TEXT, "md", edge=2)
     return image

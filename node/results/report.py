@@ -1,10 +1,12 @@
-"""Structured report (TID 1500, Comprehensive 3D SR) of the measurements and of the statement about the scan.
+"""Structured report (TID 1500) of the measurements and of the statement about the scan.
 
 Its form is what viewers were measured to open: a closed SCOORD outline on one source slice in every measurement
 group (OHIF stops at a group without one), source slices given as evidence only, and, since OHIF shows of a
 measurement no more than name, value and unit, one measurement in each group whose name says what the group is.
 
 The groups are the right lung, the left lung, the infection as a whole, and its `LARGEST_LESIONS` largest lesions.
+A volume names the segments that it was measured on, where the peer has them (as source of measurement, since TID 1411
+takes an outline or a segment, never both); the tracking UIDs of the lungs are those of the segments.
 What the scan-level rules say stands, as numbers and codes, in the infection's group (in the first lung's, where
 nothing is infected) and, as sentences with their inputs and thresholds, under Qualitative Evaluations.
 """
@@ -21,10 +23,12 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
-from pydicom.uid import Comprehensive3DSRStorage
+from pydicom.uid import Comprehensive3DSRStorage, ComprehensiveSRStorage
 
 from node import __version__
 from node.analysis.findings import LEFT, RIGHT, Findings, Lesion, Region
+from node.analysis.volume import Volume
+from node.profile import SEGMENTATIONS, Profile
 from node.results.contour import outer_contour
 from node.results.identity import (
     MANUFACTURER,
@@ -34,8 +38,8 @@ from node.results.identity import (
     describe,
     uid_of,
 )
-from node.results.segmentation import LEFT_LUNG, PNEUMONIA, RIGHT_LUNG
-from node.results.statement import LIMITS, sentences
+from node.results.segmentation import LEFT_LUNG, PNEUMONIA, RIGHT_LUNG, segments, sop_class_uid
+from node.results.statement import LIMITS, coverage, sentences
 
 #: Lesions that get a measurement group, largest first; the others count in the sums only. A viewer lists a row for
 #: each, and more than ten hide the lungs' own.
@@ -52,6 +56,7 @@ PRIVATE_CODES = {
     "104": "Left lung infected volume",
     "105": "Infected share of both lungs",
     "106": "Lesion infection probability",
+    "107": "Lesion share of its lung",
     "201": "Slices with infection",
     "202": "Longest run of slices with infection",
     "203": "Length of longest run of slices with infection",
@@ -62,12 +67,14 @@ PRIVATE_CODES = {
     "212": "Intensity rule",
     "221": "Alarming",
     "222": "Not COVID-19-like",
+    "231": "Image quality and coverage",
 }
 
 
-def build(findings: Findings, analysis: Analysis) -> Dataset | None:
+def build(volume: Volume, findings: Findings, analysis: Analysis, profile: Profile) -> Dataset | None:
     """Report of `findings`; None where no lung was found, as a group needs an outline on a slice."""
-    groups = list(_groups(findings, analysis))
+    sources = _Segments(findings, analysis, profile)
+    groups = list(_groups(findings, analysis, sources))
     if not groups:
         return None
     report = hd.sr.MeasurementReport(
@@ -77,14 +84,15 @@ def build(findings: Findings, analysis: Analysis) -> Dataset | None:
         title=codes.DCM.ImagingMeasurementReport,
     )
     root = report[0]
-    root.ContentSequence.append(_evaluations(findings, analysis))
-    evidence = list(_evidence(analysis))
-    document = hd.sr.Comprehensive3DSR(
-        evidence=evidence,
+    root.ContentSequence.append(_evaluations(volume, findings, analysis))
+    comprehensive = profile.sr == "comprehensive"
+    variant = profile.form("sr")
+    document = (hd.sr.ComprehensiveSR if comprehensive else hd.sr.Comprehensive3DSR)(
+        evidence=[*_evidence(analysis), *sources.evidence()],
         content=root,
-        series_instance_uid=analysis.uid("sr", "", "series"),
+        series_instance_uid=analysis.uid("sr", variant, "series"),
         series_number=93,
-        sop_instance_uid=analysis.uid("sr", "", "instance"),
+        sop_instance_uid=analysis.uid("sr", variant, "instance"),
         instance_number=1,
         manufacturer=MANUFACTURER,
         is_complete=True,
@@ -104,12 +112,45 @@ def build(findings: Findings, analysis: Analysis) -> Dataset | None:
         document,
         analysis,
         kind="sr",
-        sop_class_uid=Comprehensive3DSRStorage,
+        sop_class_uid=ComprehensiveSRStorage if comprehensive else Comprehensive3DSRStorage,
         modality="SR",
         series_offset=93,
         series_description="AI measurements (SR)",
+        variant=variant,
     )
     return cast("Dataset", document)
+
+
+class _Segments:
+    """The segments that a peer gets with the report, as sources of its measurements."""
+
+    def __init__(self, findings: Findings, analysis: Analysis, profile: Profile) -> None:
+        self._analysis = analysis
+        self._sop_class_uid = sop_class_uid(profile.seg)
+        self._variant = {kind: profile.form(kind) for kind in SEGMENTATIONS if kind in profile.kinds}
+        self._segments = {kind: segments(kind, findings) for kind in self._variant}
+
+    def source(self, measurement: hd.sr.Measurement | None, kind: str, *sides: int) -> hd.sr.Measurement | None:
+        """`measurement` with the segments of these sides as its source (TID 320, INFERRED FROM)."""
+        numbers = [segment.number for segment in self._segments.get(kind, ()) if segment.side in sides]
+        if measurement is not None and numbers:
+            image = hd.sr.ImageContentItem(
+                name=Code("121112", "DCM", "Source of Measurement"),
+                referenced_sop_class_uid=self._sop_class_uid,
+                referenced_sop_instance_uid=self._analysis.uid(kind, self._variant[kind], "instance"),
+                referenced_segment_numbers=numbers,
+                relationship_type=hd.sr.RelationshipTypeValues.INFERRED_FROM,
+            )
+            (item,) = measurement
+            item.ContentSequence = hd.sr.ContentSequence([*item.get("ContentSequence", []), image])
+        return measurement
+
+    def evidence(self) -> Iterator[Dataset]:
+        """Names of the segmentations that are referred to."""
+        for kind, variant in self._variant.items():
+            if self._segments[kind]:
+                uids = (self._analysis.uid(kind, variant, what) for what in ("instance", "series"))
+                yield _named(self._analysis, self._sop_class_uid, *uids)
 
 
 #: UCUM units (PS3.16 CID 82). OHIF shows the code, so shares and probabilities are % and not the bare '1'.
@@ -121,6 +162,8 @@ _SLICES = Code("{slices}", "UCUM", "slices")
 _BOXES = Code("{boxes}", "UCUM", "boxes")
 
 _MEAN_HU = Code("112181", "DCM", "Mean Attenuation Coefficient")
+#: Concept of the sentences on quality and coverage; no standard scheme has one for CT.
+_QUALITY = Code("231", PRIVATE_SCHEME, PRIVATE_CODES["231"])
 _POSITIVE, _NEGATIVE = Code("10828004", "SCT", "Positive"), Code("260385009", "SCT", "Negative")
 
 
@@ -129,7 +172,7 @@ def _private(value: str) -> Code:
 
 
 def _groups(
-    findings: Findings, analysis: Analysis
+    findings: Findings, analysis: Analysis, sources: _Segments
 ) -> Iterator[hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations]:
     infected = findings.lesions > 0
     # The statement about the scan goes with the infection, and without one with the first lung.
@@ -147,7 +190,7 @@ def _groups(
                 code,
                 _site(name.split()[0]),
                 _largest_outline(mask, analysis),
-                _lung_measurements(region, name),
+                _lung_measurements(region, name, value, sources),
                 pending,
             )
             pending = None
@@ -161,19 +204,25 @@ def _groups(
             _largest_outline(infected, analysis),
             [
                 _measure(_private("105"), 100 * findings.both.infected_share, _PERCENT, 2),
-                _measure(codes.SCT.Volume, findings.both.infected_ml, _ML, 2),
+                sources.source(
+                    _measure(codes.SCT.Volume, findings.both.infected_ml, _ML, 2), "infection-seg", RIGHT, LEFT
+                ),
                 _measure(_MEAN_HU, findings.both.infected_mean_hu, _HU, 1),
             ],
             _scan_level(findings),
         )
     for lesion in findings.lesion_list[:LARGEST_LESIONS]:
-        yield _lesion_group(findings, lesion, analysis)
+        yield _lesion_group(findings, lesion, analysis, sources)
 
 
 def _lesion_group(
-    findings: Findings, lesion: Lesion, analysis: Analysis
+    findings: Findings, lesion: Lesion, analysis: Analysis, sources: _Segments
 ) -> hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations:
     plane = findings.lesions[lesion.key_slice] == lesion.label
+    box = tuple(slice(*lesion.box[n : n + 2]) for n in (0, 2, 4))
+    # A lesion may reach across where the lungs touch, and then lies in the segments of both.
+    sides = np.unique(findings.lungs[box][findings.lesions[box] == lesion.label]).tolist()
+    lung = (findings.left if lesion.side == "left" else findings.right).volume_ml
     return _group(
         analysis,
         f"lesion-{lesion.label}",
@@ -183,7 +232,8 @@ def _lesion_group(
         _outline(plane, lesion.key_slice, analysis),
         [
             _measure(_private("106"), 100 * lesion.probability, _PERCENT, 1),
-            _measure(codes.SCT.Volume, lesion.volume_ml, _ML, 2),
+            sources.source(_measure(codes.SCT.Volume, lesion.volume_ml, _ML, 2), "infection-seg", *sides),
+            _measure(_private("107"), 100 * lesion.volume_ml / lung if lung else float("nan"), _PERCENT, 2),
             _measure(_MEAN_HU, lesion.mean_hu, _HU, 1),
         ],
         None,
@@ -221,12 +271,17 @@ def _group(
     )
 
 
-def _lung_measurements(region: Region, name: str) -> list[hd.sr.Measurement | None]:
+def _lung_measurements(region: Region, name: str, side: int, sources: _Segments) -> list[hd.sr.Measurement | None]:
     share, infected = ("101", "102") if name == "Right lung" else ("103", "104")
     return [
         _measure(_private(share), 100 * region.infected_share, _PERCENT, 2),
-        _measure(_private(infected), region.infected_ml, _ML, 2),
-        _measure(codes.SCT.Volume, region.volume_ml, _ML, 1),
+        sources.source(_measure(_private(infected), region.infected_ml, _ML, 2), "infection-seg", side),
+        # The whole lung: its segment and, where it is infected, the infection's.
+        sources.source(
+            sources.source(_measure(codes.SCT.Volume, region.volume_ml, _ML, 1), "lung-seg", side),
+            "infection-seg",
+            side,
+        ),
         _measure(_MEAN_HU, region.mean_hu, _HU, 1),
     ]
 
@@ -282,7 +337,7 @@ def _outline(plane: NDArray[np.bool_], index: int, analysis: Analysis) -> hd.sr.
     )
 
 
-def _evaluations(findings: Findings, analysis: Analysis) -> hd.sr.ContainerContentItem:
+def _evaluations(volume: Volume, findings: Findings, analysis: Analysis) -> hd.sr.ContainerContentItem:
     """Qualitative Evaluations of the whole scan, as sentences (TID 1500 rows 12 to 14)."""
     container = hd.sr.ContainerContentItem(
         name=Code("C0034375", "UMLS", "Qualitative Evaluations"),
@@ -293,6 +348,7 @@ def _evaluations(findings: Findings, analysis: Analysis) -> hd.sr.ContainerConte
     if len(findings.lesion_list) > LARGEST_LESIONS:
         listed = f"Listed one by one: the {LARGEST_LESIONS} largest of {len(findings.lesion_list)} lesions."
         texts.insert(1, (codes.DCM.Summary, listed))
+    texts += [(_QUALITY, sentence) for sentence in coverage(volume, findings, analysis.header)]
     texts += [
         (codes.DCM.Comment, f"{NOT_FOR_DIAGNOSIS}. {LIMITS}"),
         (codes.DCM.Comment, f"Made by {MODEL_NAME} {__version__} with the models {models}."),
@@ -321,15 +377,19 @@ def _device(analysis: Analysis) -> hd.sr.ObserverContext:
 
 
 def _evidence(analysis: Analysis) -> Iterator[Dataset]:
-    """Names of the source instances; patient attributes come later, in `describe`."""
+    """Names of the source instances."""
     for source in analysis.unique_instances():
-        item = Dataset()
-        item.SOPClassUID, item.SOPInstanceUID = source.sop_class_uid, source.sop_instance_uid
-        item.StudyInstanceUID = analysis.header.StudyInstanceUID
-        item.SeriesInstanceUID = analysis.header.SeriesInstanceUID
-        item.PatientID = item.PatientName = item.PatientBirthDate = item.PatientSex = ""
-        item.StudyID = item.StudyDate = item.StudyTime = item.AccessionNumber = ""
-        yield item
+        yield _named(analysis, source.sop_class_uid, source.sop_instance_uid, analysis.header.SeriesInstanceUID)
+
+
+def _named(analysis: Analysis, sop_class_uid: str, sop_instance_uid: str, series_instance_uid: str) -> Dataset:
+    """An instance of the study as evidence; patient attributes come later, in `describe`."""
+    item = Dataset()
+    item.SOPClassUID, item.SOPInstanceUID = sop_class_uid, sop_instance_uid
+    item.StudyInstanceUID, item.SeriesInstanceUID = analysis.header.StudyInstanceUID, series_instance_uid
+    item.PatientID = item.PatientName = item.PatientBirthDate = item.PatientSex = ""
+    item.StudyID = item.StudyDate = item.StudyTime = item.AccessionNumber = ""
+    return item
 
 
 def _separate(item: Dataset) -> None:

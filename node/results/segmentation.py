@@ -19,11 +19,14 @@ from pydicom.sr.coding import Code
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
 from pydicom.valuerep import DSfloat
 
-from models.registry import ModelIdentity
 from node import __version__
 from node.analysis.findings import LEFT, RIGHT, Findings
 from node.analysis.volume import Volume
+from node.profile import Profile, SegForm
 from node.results.identity import MANUFACTURER, MODEL_NAME, NOT_FOR_DIAGNOSIS, Analysis, describe, uid_of
+
+#: SOP class of LABELMAP segmentations (PS3.4 B.5), younger than pydicom's names.
+LABELMAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
 
 RIGHT_LUNG = Code("3341006", "SCT", "Right lung")
 LEFT_LUNG = Code("44029006", "SCT", "Left lung")
@@ -38,46 +41,95 @@ COLOURS = {
 }
 
 
-def lungs(volume: Volume, findings: Findings, analysis: Analysis) -> Dataset | None:
-    """SEG of the right and the left lung, each with its infected part; None where there is no lung."""
-    anatomical = codes.SCT.AnatomicalStructure
-    return _segmentation(
-        volume,
-        analysis,
-        "lung-seg",
-        findings.lungs,
-        [
-            _Segment(RIGHT, "right-lung", "Right lung", anatomical, RIGHT_LUNG, None),
-            _Segment(LEFT, "left-lung", "Left lung", anatomical, LEFT_LUNG, None),
-        ],
-        analysis.models[0],
-    )
-
-
-def infection(volume: Volume, findings: Findings, analysis: Analysis) -> Dataset | None:
-    """SEG of the infection in the right and in the left lung; None where nothing is infected."""
-    abnormal = codes.SCT.MorphologicallyAbnormalStructure
-    return _segmentation(
-        volume,
-        analysis,
-        "infection-seg",
-        np.where(findings.lesions > 0, findings.lungs, np.uint8(0)),
-        [
-            _Segment(RIGHT, "right-infection", "Infection, right lung", abnormal, PNEUMONIA, RIGHT_LUNG),
-            _Segment(LEFT, "left-infection", "Infection, left lung", abnormal, PNEUMONIA, LEFT_LUNG),
-        ],
-        analysis.models[-1],
-    )
-
-
 @dataclass(frozen=True)
-class _Segment:
-    value: int
+class Segment:
+    """One segment of a segmentation, as it is numbered there."""
+
+    number: int
+    #: Value of its voxels in `Findings.lungs`.
+    side: int
     name: str
     label: str
-    category: Code
-    type: Code
-    region: Code | None
+
+
+def segments(kind: str, findings: Findings) -> list[Segment]:
+    """The segments of a segmentation, numbered from 1; empty where it has nothing to show.
+
+    The lungs' are what is left beside the infection, so that no voxel lies in two segments, of either series.
+    """
+    part, label = ("infection", "Infection, {} lung") if kind == "infection-seg" else ("lung", "{} lung, not infected")
+    sides = []
+    for side, word, region in ((RIGHT, "right", findings.right), (LEFT, "left", findings.left)):
+        # Both are a number of voxels times the same factor, so they are equal where the whole lung is infected.
+        if region.infected_ml > 0 if part == "infection" else region.volume_ml > region.infected_ml:
+            text = label.format(word)
+            sides.append((side, f"{word}-{part}", text[0].upper() + text[1:]))
+    # An absent side shifts the numbers: a gap in them loses the last segment in OHIF.
+    return [Segment(number, *named) for number, named in enumerate(sides, 1)]
+
+
+def sop_class_uid(form: SegForm) -> str:
+    """SOP Class UID of a segmentation in this form."""
+    return LABELMAP_STORAGE if form == "labelmap" else str(SegmentationStorage)
+
+
+def build(volume: Volume, findings: Findings, analysis: Analysis, kind: str, form: SegForm) -> Dataset | None:
+    """SEG of one kind; None where it would be empty."""
+    present = segments(kind, findings)
+    if not present:
+        return None
+    labelmap = form == "labelmap"
+    variant = Profile(seg=form).form(kind)
+    offset, series_description, label = _SERIES[kind]
+    seg = hd.seg.Segmentation(
+        source_images=_grid(volume, analysis),
+        pixel_array=labels(kind, findings),
+        segmentation_type=hd.seg.SegmentationTypeValues.LABELMAP if labelmap else hd.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=[_describe_segment(segment, analysis) for segment in present],
+        series_instance_uid=analysis.uid(kind, variant, "series"),
+        series_number=offset,
+        sop_instance_uid=analysis.uid(kind, variant, "instance"),
+        instance_number=1,
+        manufacturer=MANUFACTURER,
+        manufacturer_model_name=MODEL_NAME,
+        software_versions=__version__,
+        device_serial_number=analysis.serial_number,
+        transfer_syntax_uid=ExplicitVRLittleEndian,
+        content_label=label,
+        content_description=NOT_FOR_DIAGNOSIS,
+        omit_empty_frames=form != "binary-all-frames",
+    )
+    if labelmap:
+        # highdicom describes the background as a segment 0, which shifts the colours in OHIF. Pixel Padding Value
+        # says that 0 is none (PS3.3 C.8.20.2).
+        seg["SegmentSequence"].value = Items(item for item in seg.SegmentSequence if item.SegmentNumber != 0)
+    _name_sources(seg, analysis)
+    _fix_dimensions(seg, analysis.uid(kind, variant, "dimensions"))
+    describe(
+        seg,
+        analysis,
+        kind=kind,
+        sop_class_uid=sop_class_uid(form),
+        modality="SEG",
+        series_offset=offset,
+        series_description=series_description,
+        variant=variant,
+    )
+    seg.BodyPartExamined = "CHEST"
+    return cast("Dataset", seg)
+
+
+def labels(kind: str, findings: Findings) -> NDArray[np.uint8]:
+    """Segment number of every voxel, 0 for none, by `segments`."""
+    numbers = np.zeros(3, np.uint8)
+    for segment in segments(kind, findings):
+        numbers[segment.side] = segment.number
+    values = np.empty(findings.lungs.shape, np.uint8)
+    # Slice by slice: whole arrays in between would cost three times the memory, and the time to fetch it.
+    for lungs, lesions, plane in zip(findings.lungs, findings.lesions, values, strict=True):
+        np.take(numbers, lungs, out=plane)
+        plane *= (lesions > 0) == (kind == "infection-seg")
+    return values
 
 
 #: Kind → offset of the series number, series description, content label.
@@ -87,66 +139,17 @@ _SERIES = {
 }
 
 
-def _segmentation(
-    volume: Volume,
-    analysis: Analysis,
-    kind: str,
-    values: NDArray[np.uint8],
-    segments: list[_Segment],
-    model: ModelIdentity,
-) -> Dataset | None:
-    sizes = np.bincount(values.ravel(), minlength=256)
-    present = [segment for segment in segments if sizes[segment.value]]
-    if not present:
-        return None
-    # An absent side shifts the numbers: a gap in them loses the last segment in OHIF.
-    numbers = np.zeros(256, np.uint8)
-    for number, segment in enumerate(present, 1):
-        numbers[segment.value] = number
-    offset, series_description, label = _SERIES[kind]
-    seg = hd.seg.Segmentation(
-        source_images=_grid(volume, analysis),
-        pixel_array=numbers[values],
-        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[
-            _describe_segment(number, segment, analysis, model) for number, segment in enumerate(present, 1)
-        ],
-        series_instance_uid=analysis.uid(kind, "", "series"),
-        series_number=offset,
-        sop_instance_uid=analysis.uid(kind, "", "instance"),
-        instance_number=1,
-        manufacturer=MANUFACTURER,
-        manufacturer_model_name=MODEL_NAME,
-        software_versions=__version__,
-        device_serial_number=analysis.serial_number,
-        transfer_syntax_uid=ExplicitVRLittleEndian,
-        content_label=label,
-        content_description=NOT_FOR_DIAGNOSIS,
-        omit_empty_frames=True,
-    )
-    _name_sources(seg, analysis)
-    _fix_dimensions(seg, analysis.uid(kind, "", "dimensions"))
-    describe(
-        seg,
-        analysis,
-        kind=kind,
-        sop_class_uid=SegmentationStorage,
-        modality="SEG",
-        series_offset=offset,
-        series_description=series_description,
-    )
-    seg.BodyPartExamined = "CHEST"
-    return cast("Dataset", seg)
-
-
-def _describe_segment(
-    number: int, segment: _Segment, analysis: Analysis, model: ModelIdentity
-) -> hd.seg.SegmentDescription:
+def _describe_segment(segment: Segment, analysis: Analysis) -> hd.seg.SegmentDescription:
+    lung = RIGHT_LUNG if segment.side == RIGHT else LEFT_LUNG
+    infected = segment.name.endswith("infection")
+    model = analysis.models[-1 if infected else 0]
     return hd.seg.SegmentDescription(
-        segment_number=number,
+        segment_number=segment.number,
         segment_label=segment.label,
-        segmented_property_category=segment.category,
-        segmented_property_type=segment.type,
+        segmented_property_category=(
+            codes.SCT.MorphologicallyAbnormalStructure if infected else codes.SCT.AnatomicalStructure
+        ),
+        segmented_property_type=PNEUMONIA if infected else lung,
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=hd.AlgorithmIdentificationSequence(
             name=model.name,
@@ -157,7 +160,7 @@ def _describe_segment(
         ),
         tracking_uid=analysis.uid("tracking", segment.name),
         tracking_id=segment.label,
-        anatomic_regions=None if segment.region is None else [segment.region],
+        anatomic_regions=[lung] if infected else None,
         display_color=hd.color.CIELabColor.from_rgb(*COLOURS[segment.name]),
     )
 

@@ -5,9 +5,16 @@ ASCII only, as it must fit any character set of a source.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from pydicom.dataset import Dataset
+
 from node.analysis.findings import Findings
+from node.analysis.volume import Volume
+
+#: Distance of slices, mm, from which a lesion of a centimetre is seen on two slices at most.
+THICK_MM = 5.0
 
 #: Limits of use, in the words that a reader of the result needs.
 LIMITS = (
@@ -78,6 +85,37 @@ def rules(findings: Findings) -> list[Rule]:
             (f"{noisy_or.probability:.3f}" if noisy_or.probability < 0.9995 else "Above 0.999") + ", not calibrated",
         ),
     ]
+
+
+def coverage(volume: Volume, findings: Findings, header: Dataset) -> list[str]:
+    """How much of the body the series shows, and how finely; whether the lungs are in it whole."""
+    slices, rows, columns = volume.hu.shape
+    spacing, down, across = volume.spacing
+    made = [
+        f"Coverage: {counted(slices, 'slice')} over {slices * spacing:.0f} mm without a gap, "
+        f"{'the lungs are cut off at an end' if any('reach the' in note for note in findings.notes) else 'whole lungs'}"
+    ]
+    pixel = f"{down:.2f} mm" if abs(down - across) < 0.005 else f"{down:.2f} x {across:.2f} mm"
+    made.append(f"Resolution: one slice every {spacing:.2f} mm, {rows} x {columns} pixels of {pixel}")
+    told = [
+        ("slice thickness", _number(header, "SliceThickness"), " mm"),
+        ("tube voltage", _number(header, "KVP"), " kV"),
+    ]
+    made += [f"{name[0].upper()}{name[1:]}: {value:g}{unit}" for name, value, unit in told if value is not None]
+    if spacing > THICK_MM:
+        made.append(
+            f"Slices are more than {THICK_MM:g} mm apart: small infection may lie between them, and volumes are coarse"
+        )
+    return [f"{sentence}." for sentence in made]
+
+
+def _number(header: Dataset, keyword: str) -> float | None:
+    """A number of the header; None where it is absent, empty or none."""
+    try:
+        value = float(header.get(keyword) or "nan")
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
 
 
 def counted(number: int, noun: str, plural: str = "s") -> str:

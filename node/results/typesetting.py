@@ -1,26 +1,42 @@
 """Text on pictures: one typeface, colours that read on a grey monitor, and lines that never leave their column.
 
-The typeface is the one inside Pillow, so that a picture is the same on every machine; it covers ASCII.
+The typeface is Roboto, from a package, so that a picture is the same on every machine; its figures are all of one
+width, so that columns of numbers line up.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
+from typing import Literal
 
+import font_roboto
 from PIL import ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
+Weight = Literal["Roboto", "RobotoMedium"]
+
+#: Weights in use: text, and what a reader looks for first.
+REGULAR: Weight = "Roboto"
+MEDIUM: Weight = "RobotoMedium"
 
 #: Page, text, text that matters less, rules, and text that warns.
 PAGE: Colour = (14, 16, 20)
 TEXT: Colour = (236, 238, 240)
-DIM: Colour = (160, 166, 174)
+DIM: Colour = (166, 172, 180)
 RULE: Colour = (62, 68, 78)
 WARNING: Colour = (255, 200, 60)
 
 #: Smallest size that is still read on a monitor at arm's length, pixels.
 SMALLEST = 12
+
+
+def typographic(text: str) -> str:
+    """ASCII text of the report with the signs that a printed page has: m², a true minus, an ellipsis."""
+    text = re.sub(r"\b([cm]m)2\b", "\\1²", text)
+    text = re.sub(r"(?<![\w.])-(?=\d)", "−", text)
+    return text.replace("...", "…")
 
 
 def write(
@@ -31,19 +47,23 @@ def write(
     colour: Colour = TEXT,
     anchor: str = "la",
     width: float | None = None,
+    weight: Weight = REGULAR,
+    edge: int = 0,
 ) -> float:
-    """Draw one line, dark-edged so that it reads on any picture; returns its width in pixels.
+    """Draw one line; returns its width in pixels.
 
-    With `width` the line is first set smaller, then cut with '...', until it fits. `anchor` is Pillow's.
+    With `width` the line is first set smaller, then cut with '…', until it fits. `anchor` is Pillow's. `edge` is the
+    width of a dark outline, for text that stands on a picture.
     """
-    while width is not None and size > SMALLEST and _font(size).getlength(text) > width:
+    text = typographic(text)
+    while width is not None and size > SMALLEST and _font(size, weight).getlength(text) > width:
         size -= 1
-    if width is not None and _font(size).getlength(text) > width:
-        while text and _font(size).getlength(text + "...") > width:
+    if width is not None and _font(size, weight).getlength(text) > width:
+        while text and _font(size, weight).getlength(text + "…") > width:
             text = text[:-1]
-        text = text.rstrip() + "..." if text else ""
-    draw.text(place, text, colour, _font(size), anchor=anchor, stroke_width=2, stroke_fill=(0, 0, 0))
-    return float(_font(size).getlength(text))
+        text = text.rstrip() + "…" if text else ""
+    draw.text(place, text, colour, _font(size, weight), anchor=anchor, stroke_width=edge, stroke_fill=(0, 0, 0))
+    return float(_font(size, weight).getlength(text))
 
 
 def paragraph(
@@ -54,23 +74,24 @@ def paragraph(
     width: float,
     colour: Colour = TEXT,
     lines: int = 100,
+    weight: Weight = REGULAR,
 ) -> float:
     """Draw text broken into lines of at most `width`; returns the y below the last.
 
-    Text beyond `lines` lines is cut with '...'.
+    Text beyond `lines` lines is cut with '…'.
     """
     x, y = place
     broken = [""]
-    for word in text.split():
+    for word in typographic(text).split():
         longer = f"{broken[-1]} {word}".strip()
-        if broken[-1] and _font(size).getlength(longer) > width:
+        if broken[-1] and _font(size, weight).getlength(longer) > width:
             broken.append(word)
         else:
             broken[-1] = longer
     if len(broken) > lines:
         broken = [*broken[: lines - 1], " ".join(broken[lines - 1 :])]
     for line in broken:
-        write(draw, (x, y), line, size, colour, width=width)
+        write(draw, (x, y), line, size, colour, width=width, weight=weight)
         y += leading(size)
     return y
 
@@ -93,8 +114,12 @@ def leading(size: int) -> int:
     return round(size * 1.4)
 
 
+def font_file(weight: Weight) -> str:
+    """Path of the TrueType file of a weight."""
+    return str(font_roboto.font_files[weight])
+
+
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
-    return font
+def _font(size: int, weight: Weight) -> ImageFont.FreeTypeFont:
+    # The plain layout, as Pillow's other one depends on a library that not every machine has.
+    return ImageFont.truetype(font_file(weight), size, layout_engine=ImageFont.Layout.BASIC)

@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw
 from synthetic_chest import FEET_FIRST, MODELS, MOMENT, PRONE, Chest, Shape, make_chest
 
 from node import results
-from node.results import typesetting
-from node.results.drawing import INFECTION, LUNG, PatientView, axial, coronal_projection
-from node.results.pages import SIDE, key_page, key_planes, not_analysed_page, summary_page
+from node.results import Profile, typesetting
+from node.results.drawing import INFECTION, LUNG, PatientView, axial, projection
+from node.results.pages import SIDE, key_planes, not_analysed_page, slice_page, summary_page
 
 STORED = {
     "feet first": Shape(orientation=FEET_FIRST, patient_position="FFS"),
@@ -47,14 +47,14 @@ def test_a_right_posterior_lesion_is_drawn_left_and_low(chest: Chest) -> None:
     rows, columns = np.nonzero(orange(axial(view, plane, 400, 300)))
     assert columns.mean() < 200
     assert rows.mean() > 150
-    rows, columns = np.nonzero(orange(coronal_projection(view, 300, 300)) | tinted(view))
+    rows, columns = np.nonzero(orange(projection(view, "front", 300, 300)) | tinted(view))
     assert columns.mean() < 150
     assert rows.mean() < 150
 
 
 def tinted(view: PatientView) -> NDArray[np.bool_]:
     """Pixels of the coronal projection that have any of the colour of infection."""
-    picture = np.asarray(coronal_projection(view, 300, 300), int)
+    picture = np.asarray(projection(view, "front", 300, 300), int)
     return (picture[..., 0] - picture[..., 2]) > 40
 
 
@@ -75,10 +75,12 @@ def test_pictures_are_true_to_scale(tmp_path: Path) -> None:
 
 
 def test_the_capture_is_a_summary_and_key_slices(chest: Chest, tmp_path: Path) -> None:
-    (made,) = results.build(chest.volume, chest.findings, None, tmp_path, ["capture"], content_datetime=MOMENT)
+    (made,) = results.build(
+        chest.volume, chest.findings, None, tmp_path, [Profile(("capture",))], content_datetime=MOMENT
+    )
     capture = pydicom.dcmread(made.path)
     assert capture.SOPClassUID == "1.2.840.10008.5.1.4.1.1.7.4"
-    assert (capture.BurnedInAnnotation, capture.BodyPartExamined) == ("YES", "CHEST")
+    assert (capture.BurnedInAnnotation, capture.BodyPartExamined) == ("NO", "CHEST")
     assert capture.ImageType == ["DERIVED", "SECONDARY"]
     view = PatientView.of(chest.volume, chest.findings)
     planes = key_planes(view, 20)
@@ -87,7 +89,7 @@ def test_the_capture_is_a_summary_and_key_slices(chest: Chest, tmp_path: Path) -
     assert frames.shape == (1 + len(planes), SIDE, SIDE, 3)
     # Read back, a frame is the page that was drawn.
     assert np.array_equal(frames[0], np.asarray(summary_page(view, chest.findings)))
-    assert np.array_equal(frames[-1], np.asarray(key_page(view, chest.findings, planes[-1])))
+    assert np.array_equal(frames[-1], np.asarray(slice_page(view, chest.findings, planes[-1])))
 
 
 def test_key_planes_go_down_through_the_lungs_and_hold_the_most_infected(chest: Chest) -> None:

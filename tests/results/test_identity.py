@@ -17,6 +17,7 @@ from pydicom.valuerep import PersonName
 from synthetic_chest import MODELS, MOMENT, Chest, Shape, make_chest
 
 from node import __version__, results
+from node.results import Profile
 from node.results.identity import Analysis, SourceInstance, describe, uid_of
 
 
@@ -82,8 +83,8 @@ def test_series_are_apart_and_say_what_they_are(chest: Chest, tmp_path: Path) ->
     for keyword in ("SeriesInstanceUID", "SOPInstanceUID", "SeriesNumber", "SeriesDescription"):
         values = [str(each[keyword].value) for each in objects]
         assert len(set(values)) == len(results.KINDS), keyword
-    assert [each.SeriesNumber for each in objects] == [491, 492, 493, 494]
-    assert [each.Modality for each in objects] == ["SEG", "SEG", "SR", "OT"]
+    assert [each.SeriesNumber for each in objects] == [491, 492, 493, 494, 495]
+    assert [each.Modality for each in objects] == ["SEG", "SEG", "SR", "OT", "DOC"]
 
 
 def test_every_object_names_its_maker(chest: Chest, tmp_path: Path) -> None:
@@ -205,14 +206,16 @@ def test_content_time_is_in_the_zone_of_the_source() -> None:
 
 
 def test_kinds_choose_what_is_made(chest: Chest, tmp_path: Path) -> None:
-    made = results.build(chest.volume, chest.findings, None, tmp_path, ["capture", "sr"], content_datetime=MOMENT)
+    made = results.build(
+        chest.volume, chest.findings, None, tmp_path, [Profile(("capture", "sr"))], content_datetime=MOMENT
+    )
     assert [each.kind for each in made] == ["sr", "capture"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["capture.dcm", "sr.dcm"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["capture.dcm", "sr-alone.dcm"]
 
 
 def test_what_does_not_fit_together_is_refused(chest: Chest, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown kinds of result \\['gsps'\\]"):
-        results.build(chest.volume, chest.findings, None, tmp_path, ["gsps"], content_datetime=MOMENT)
+        Profile(("gsps",))
     shifted = replace(chest.findings, lungs=chest.findings.lungs[1:])
     with pytest.raises(ValueError, match="masks of"):
         results.build(chest.volume, shifted, None, tmp_path, content_datetime=MOMENT)
@@ -222,5 +225,5 @@ def test_what_does_not_fit_together_is_refused(chest: Chest, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="no header"):
         results.build(chest.volume, chest.findings, chest.headers[1:], tmp_path, content_datetime=MOMENT)
     with pytest.raises(ValueError, match="at least one header"):
-        results.not_analysed([], "x", tmp_path, results.KINDS, MOMENT)
+        results.not_analysed([], "x", tmp_path, content_datetime=MOMENT)
     assert list(tmp_path.iterdir()) == []

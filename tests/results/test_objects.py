@@ -32,6 +32,7 @@ from synthetic_chest import (
 from node import results
 from node.analysis.findings import LEFT, RIGHT
 from node.analysis.volume import read_volume
+from node.results import Profile
 from node.results.identity import NOT_FOR_DIAGNOSIS
 
 LEFT_LOWER = ((70.0, 20.0, -50.0), 26.0)
@@ -64,8 +65,11 @@ def one_lesion(tmp_path_factory: pytest.TempPathFactory) -> tuple[Chest, dict[st
     return chest, build(chest, folder)
 
 
-def build(chest: Chest, folder: Path, **arguments: Any) -> dict[str, Path]:
-    made = results.build(chest.volume, chest.findings, None, folder, content_datetime=MOMENT, **arguments)
+def build(chest: Chest, folder: Path, *kinds: str, **forms: Any) -> dict[str, Path]:
+    """Objects by kind; each has passed the check."""
+    profile = Profile(kinds or results.KINDS, **forms)
+    made = results.build(chest.volume, chest.findings, None, folder, [profile], content_datetime=MOMENT)
+    assert [each.problems for each in made] == [()] * len(made)
     return {each.kind: each.path for each in made}
 
 
@@ -112,7 +116,8 @@ def test_dcmqi_reads_every_voxel_in_its_place(
     made: tuple[Chest, dict[str, Path]], tmp_path: Path, kind: str, first: str, second: str
 ) -> None:
     chest, paths = made
-    expected = chest.findings.lungs * (chest.findings.lesions > 0 if kind == "infection-seg" else 1)
+    # No voxel is in both: the lungs' segments are what is left beside the infection.
+    expected = chest.findings.lungs * ((chest.findings.lesions > 0) == (kind == "infection-seg"))
     subprocess.run(
         [
             tool("segimage2itkimage"),
@@ -256,7 +261,7 @@ def test_one_small_lesion_lies_right_up_and_back_in_every_object(one_lesion: tup
 def test_without_infection_the_report_and_the_capture_say_so(tmp_path: Path) -> None:
     chest = make_chest(tmp_path / "ct", lesions=[])
     paths = build(chest, tmp_path)
-    assert set(paths) == {"lung-seg", "sr", "capture"}
+    assert set(paths) == {"lung-seg", "sr", "capture", "pdf"}
     texts = [item.TextValue for item in walk(pydicom.dcmread(paths["sr"])) if item.get("ValueType") == "TEXT"]
     assert any(text.startswith("No infection found") for text in texts)
     groups = groups_of(paths["sr"])
@@ -275,7 +280,7 @@ def test_without_infection_the_objects_are_sound(tmp_path: Path) -> None:
 def test_only_the_largest_lesions_are_listed_one_by_one(tmp_path: Path) -> None:
     balls = [((-75.0, -60.0 + 40 * n, z), 9.0 + n + z / 50) for n in range(4) for z in (-50.0, 0.0, 50.0)]
     chest = make_chest(tmp_path / "ct", Shape(slices=48), balls)
-    paths = build(chest, tmp_path, kinds=["sr"])
+    paths = build(chest, tmp_path, "sr")
     lesions = groups_of(paths["sr"])[3:]
     assert [group.get_measurements()[1].value for group in lesions] == pytest.approx(
         [round(lesion.volume_ml, 2) for lesion in chest.findings.lesion_list[:10]]
@@ -306,22 +311,24 @@ def test_frames_of_a_multi_frame_source_are_named(tmp_path: Path) -> None:
         assert source.ReferencedFrameNumber == frames[z]
     for path in paths.values():
         assert errors_of(path) == []
-    reference = next(item for item in walk(pydicom.dcmread(paths["sr"])) if item.get("ValueType") == "IMAGE")
-    assert reference.ReferencedSOPSequence[0].ReferencedFrameNumber in frames.values()
+    outline = next(item for item in walk(pydicom.dcmread(paths["sr"])) if item.get("ValueType") == "SCOORD")
+    assert outline.ContentSequence[0].ReferencedSOPSequence[0].ReferencedFrameNumber in frames.values()
 
 
 @pytest.mark.peer
 def test_not_analysed_says_why_in_the_source_study(tmp_path: Path) -> None:
     chest = make_chest(tmp_path / "ct")
     reason = "there is a gap at z = 12.5 mm"
-    made = results.not_analysed(chest.headers, reason, tmp_path, results.KINDS, MOMENT)
+    made = results.not_analysed(chest.headers, reason, tmp_path, content_datetime=MOMENT)
     assert [each.kind for each in made] == ["sr", "capture"]
     for each in made:
         assert errors_of(each.path) == []
         assert pydicom.dcmread(each.path).StudyInstanceUID == chest.volume.study_instance_uid
     told = subprocess.run([tool("dsrdump"), "+Pl", made[0].path], capture_output=True, text=True, check=True)
     assert f"Not analysed: {reason}" in told.stdout
-    other = results.not_analysed(chest.headers, "no lungs found", tmp_path, ["capture"], MOMENT)
+    other = results.not_analysed(
+        chest.headers, "no lungs found", tmp_path, [Profile(("capture",))], content_datetime=MOMENT
+    )
     assert other[0].sop_instance_uid != made[1].sop_instance_uid
 
 
@@ -339,12 +346,12 @@ def test_a_real_series_gets_sound_objects(data_dir: Path, tmp_path: Path) -> Non
         assert pydicom.dcmread(each.path, stop_before_pixels=True).PatientName == ""
     seg = hd.seg.segread(made[1].path)
     read = seg.get_volume(combine_segments=True)
-    assert np.count_nonzero(read.array) == np.count_nonzero(findings.lungs)
+    assert np.count_nonzero(read.array) == np.count_nonzero(findings.lungs[findings.lesions == 0])
 
 
 def test_an_absent_side_leaves_no_gap_in_the_segment_numbers(tmp_path: Path) -> None:
     chest = make_chest(tmp_path / "ct", Shape(slices=12, rows=32, columns=32), [LEFT_LOWER])
-    seg = pydicom.dcmread(build(chest, tmp_path, kinds=["infection-seg"])["infection-seg"])
+    seg = pydicom.dcmread(build(chest, tmp_path, "infection-seg")["infection-seg"])
     assert [(segment.SegmentNumber, segment.SegmentLabel) for segment in seg.SegmentSequence] == [
         (1, "Infection, left lung")
     ]
@@ -358,7 +365,7 @@ def test_without_any_lung_the_reader_is_told(tmp_path: Path) -> None:
         chest.findings, lungs=np.zeros_like(chest.findings.lungs), right=nothing, left=nothing, both=nothing
     )
     paths = build(replace(chest, findings=findings), tmp_path)
-    assert set(paths) == {"sr", "capture"}
+    assert set(paths) == {"sr", "capture", "pdf"}
     assert pydicom.dcmread(paths["sr"]).ContentSequence[0].ContentSequence[0].TextValue.endswith("no lung was found")
     for path in paths.values():
         assert errors_of(path) == []

@@ -1,0 +1,66 @@
+"""Earlier results of a patient, from the ledger: what a new result is compared with.
+
+Who the patient is stands in the received files only, so those of the latest analyses are asked.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import date, datetime
+from pathlib import Path
+
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from sqlalchemy import select
+
+from models.registry import ModelIdentity
+from node.ledger import Analysis, Ledger, Series
+from node.results import Earlier
+
+#: Latest analyses that are looked at: reading so many headers takes about half a second, and in a hospital it is some
+#: weeks of chest CT.
+LOOKED_AT = 500
+
+_WHO = ("PatientID", "IssuerOfPatientID", "PatientBirthDate", "StudyDate", "StudyInstanceUID")
+
+
+def results_of(ledger: Ledger, spool: Path, series_id: int, models: tuple[ModelIdentity, ...]) -> list[Earlier]:
+    """Results of earlier studies of the patient of a series, by the same models; one a study."""
+    with ledger() as session:
+        mine = session.get_one(Series, series_id)
+        done = select(Analysis).where(Analysis.state == "done", Analysis.series_id != series_id)
+        analyses = session.scalars(done.order_by(Analysis.id.desc()).limit(LOOKED_AT)).all()
+        candidates = [(one.series.instances[0], one.summary) for one in analyses if one.summary]
+        first = mine.instances[0]
+    if (here := _header(spool / first)) is None or (today := _day(here)) is None or not here.get("PatientID"):
+        return []
+    by_study: dict[str, Earlier] = {}
+    for name, summary in candidates:
+        if [(one["name"], one["version"]) for one in summary["models"]] != [(one.name, one.version) for one in models]:
+            continue
+        header = _header(spool / name)
+        if header is None or _who(header) != _who(here) or header.StudyInstanceUID == here.StudyInstanceUID:
+            continue
+        if (day := _day(header)) is not None and day < today:
+            both = summary["lungs"]["both"]
+            # The latest analysis of a study comes first, and counts.
+            by_study.setdefault(str(header.StudyInstanceUID), Earlier(day, both["infected_ml"], both["infected_share"]))
+    return sorted(by_study.values(), key=lambda one: one.day)
+
+
+def _header(path: Path) -> Dataset | None:
+    """What a received file says of its patient; None where it is gone or cannot be read."""
+    with suppress(Exception):
+        return dcmread(path, specific_tags=list(_WHO), stop_before_pixels=True)
+    return None
+
+
+def _who(header: Dataset) -> tuple[str, ...]:
+    return tuple(str(header.get(keyword) or "").strip() for keyword in _WHO[:3])
+
+
+def _day(header: Dataset) -> date | None:
+    try:
+        return datetime.strptime(str(header.get("StudyDate") or ""), "%Y%m%d").date()
+    except ValueError:
+        return None
