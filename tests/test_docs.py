@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from itertools import pairwise
 
 import typer.main
 from conftest import REPOSITORY
@@ -11,6 +12,7 @@ from typer.core import TyperGroup
 
 from node import __version__
 from node.cli import app
+from node.results.report import PRIVATE_CODES
 from node.status import STYLE
 
 README = (REPOSITORY / "README.md").read_text()
@@ -63,3 +65,10 @@ def test_constraints_name_no_registry_and_pin_all_direct_dependencies() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
     assert {re.split(r"[><=;\[ ]", one)[0].lower() for one in wanted} <= pinned
+
+
+def test_private_codes_of_the_results_page_are_those_of_the_code() -> None:
+    page = (REPOSITORY / "docs" / "results.md").read_text()
+    cells = [cell.strip() for line in page.splitlines() if re.match(r"\| \d{3} \|", line) for cell in line.split("|")]
+    told = {code: meaning for code, meaning in pairwise(cells) if re.fullmatch(r"\d{3}", code)}
+    assert told == PRIVATE_CODES
