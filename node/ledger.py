@@ -138,6 +138,10 @@ class Analysis(Owed):
     tell: Mapped[bool] = mapped_column(default=True)
     #: Set when the series is not to be analysed but told about: the reason that the objects state.
     not_analysed: Mapped[str | None] = mapped_column(Text, default=None)
+    #: Paths of the instances to analyse, relative to the spool, where they are not all of the series.
+    instances: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True), default=None)
+    #: A sentence for the statement, about what was analysed.
+    note: Mapped[str] = mapped_column(Text, default="")
     #: Set when the attempts were used up and the study is still to be told: why.
     gave_up: Mapped[str | None] = mapped_column(Text, default=None)
     #: Content date and time of the objects; fixed at the first attempt so that a second makes the same objects.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from node.analysis.volume import VolumeError
 from node.intake.assembly import Assembly, AssociationId, ClosedSeries
 from node.intake.header import HeaderError, InstanceHeader, read_header
 from node.intake.spool import Stored
-from node.intake.triage import triage
+from node.intake.triage import Verdict, triage
 from node.tasks import segmenter
 
 
@@ -49,14 +49,14 @@ def analyse_folder(folder: Path, out: Path, device: str, progress: Progress) -> 
     for one in series:
         verdict = triage(one)
         if verdict.analyse:
-            chosen.append(one)
+            chosen.append((one, verdict))
         else:
             reasons.append(f"series {one.series_instance_uid}: {verdict.reason}")
     done = []
-    for one in chosen:
+    for one, verdict in chosen:
         target = out if len(chosen) == 1 else out / one.series_instance_uid
         try:
-            done.append(_analyse(one, target, out, device, progress, bar))
+            done.append(_analyse(one, verdict, target, out, device, progress, bar))
         except VolumeError as reason:
             reasons.append(f"series {one.series_instance_uid}: {reason}")
     if not done:
@@ -96,11 +96,16 @@ def _header(path: Path) -> InstanceHeader:
     return read_header(memoryview(mapped)[start:], str(meta.TransferSyntaxUID))
 
 
-def _analyse(series: ClosedSeries, target: Path, out: Path, device: str, progress: Progress, bar: Any) -> Analysed:
+def _analyse(
+    series: ClosedSeries, verdict: Verdict, target: Path, out: Path, device: str, progress: Progress, bar: Any
+) -> Analysed:
     def show(stage: str, fraction: float) -> None:
         progress.update(bar, description=stage, total=1.0, completed=fraction)
 
-    volume, findings = pipeline.analyse(series.paths, segmenter(device), show)
+    paths = [series.paths[n] for n in verdict.part] or series.paths
+    volume, findings = pipeline.analyse(paths, segmenter(device), show)
+    if verdict.note:
+        findings = replace(findings, notes=(verdict.note, *findings.notes))
     show("making objects", 0.0)
     target.mkdir(parents=True, exist_ok=True)
     made = results.build(volume, findings, None, target, content_datetime=datetime.now().astimezone())

@@ -112,6 +112,8 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
                     destinations=destinations,
                     tell=route.tell_not_analysed,
                     not_analysed=not_analysed,
+                    instances=[str(closed.paths[n].relative_to(here.spool)) for n in verdict.part] or None,
+                    note=verdict.note,
                 )
             )
         session.flush()

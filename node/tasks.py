@@ -243,6 +243,7 @@ class _Work:
     series_id: int
     series_uid: str
     paths: list[Path]
+    note: str
     folder: Path
     #: What each peer gets, and in which form, by the peer's name.
     profiles: dict[str, Profile]
@@ -274,7 +275,8 @@ def _begin(here: Node, row: int) -> _Work:
         return _Work(
             series.id,
             series.series_instance_uid,
-            [here.spool / name for name in series.instances],
+            [here.spool / name for name in analysis.instances or series.instances],
+            analysis.note,
             here.results / series.series_instance_uid / f"{series.generation}-{analysis.id}",
             {peer: here.settings.profile(peer, kinds) for peer, kinds in analysis.destinations.items()},
             analysis.tell,
@@ -296,6 +298,8 @@ def _make(here: Node, work: _Work) -> _Made:
         volume, findings = pipeline.analyse(work.paths, segmenter(here.settings.worker.device), _told(here, work))
     except VolumeError as refusal:
         return _not_analysed(work, str(refusal))
+    if work.note:
+        findings = replace(findings, notes=(work.note, *findings.notes))
     before = earlier.results_of(here.ledger, here.spool, work.series_id, findings.models)
     profiles = _with_fallback(work.profiles)
     made = results.build(

@@ -50,6 +50,8 @@ class InstanceHeader:
     slice_thickness: float | None = None
     #: Degrees (0018,1120).
     gantry_tilt: float | None = None
+    #: Convolution Kernel (0018,1210).
+    kernel: str = ""
     #: Cosines of a row, then of a column, LPS (PS3.3 C.7.6.2.1.1). None also where the frames of one instance differ.
     orientation: tuple[float, float, float, float, float, float] | None = None
     #: mm, LPS, of each slice: one for a single-frame image, one a frame for an enhanced one, none where not given.
@@ -109,12 +111,13 @@ _NEEDED = {
     0x00080018: "SOP Instance UID",
 }
 # fmt: off
-#: Image Type, SOP Class and Instance UID, Modality; Body Part, Thickness, Tilt; Study and Series UID, Acquisition and
-#: Instance Number, Position, Orientation, Images in Acquisition; Frames, Rows, Columns, Spacing; functional groups.
+#: Image Type, SOP Class and Instance UID, Modality; Body Part, Thickness, Tilt, Kernel; Study and Series UID,
+#: Acquisition and Instance Number, Position, Orientation, Images in Acquisition; Frames, Rows, Columns, Spacing;
+#: functional groups.
 _TOP = frozenset([
-    0x00080008, 0x00080016, 0x00080018, 0x00080060, 0x00180015, 0x00180050, 0x00181120, 0x0020000D, 0x0020000E,
-    0x00200012, 0x00200013, 0x00200032, 0x00200037, 0x00201002, 0x00280008, 0x00280010, 0x00280011, 0x00280030,
-    0x52009229, 0x52009230,
+    0x00080008, 0x00080016, 0x00080018, 0x00080060, 0x00180015, 0x00180050, 0x00181120, 0x00181210, 0x0020000D,
+    0x0020000E, 0x00200012, 0x00200013, 0x00200032, 0x00200037, 0x00201002, 0x00280008, 0x00280010, 0x00280011,
+    0x00280030, 0x52009229, 0x52009230,
 ])
 #: VRs with a 16-bit length (PS3.5 table 7.1-2); every other, known or yet to come, has 32 bits (7.1.2).
 _SHORT = frozenset([
@@ -159,6 +162,7 @@ def _header(walk: _Walk, found: _Found) -> InstanceHeader:
         pixel_spacing=spacing,  # type: ignore[arg-type]
         slice_thickness=thickness,
         gantry_tilt=_number(walk.text(found, 0x00181120)),
+        kernel=walk.text(found, 0x00181210),
         orientation=orientation,  # type: ignore[arg-type]
         positions=positions,  # type: ignore[arg-type]
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -68,6 +68,21 @@ def tile(headers: Iterable[InstanceHeader]) -> Tiling:
     return Tiling("unknown", f"{count} placed slices are too few to compare" if count else "no slice positions")
 
 
+def parts(headers: Sequence[InstanceHeader]) -> list[tuple[str, list[int]]]:
+    """The stacks of one series: which of the headers, and what tells them from others at the same places.
+
+    The latter is words such as 'acquisition 2'. Stacks of fewer than `FEWEST` slices are left out. Where nothing tells
+    slices at one place apart, they stay together.
+    """
+    number = {id(header): n for n, header in enumerate(headers)}
+    return [
+        (part.name, sorted({number[id(one.header)] for one in part.slices}))
+        for stack in _stacks(headers)
+        if len(stack) >= FEWEST
+        for part in _split(stack)
+    ]
+
+
 def normal(header: InstanceHeader) -> Vector | None:
     """Unit normal of the slice (row × column cosine), turned so that its largest component is positive."""
     if header.orientation is None:
@@ -104,7 +119,14 @@ def count_reached(headers: Sequence[InstanceHeader]) -> bool:
 @dataclass(frozen=True, slots=True)
 class _Slice:
     along: float
-    acquisition: int | None
+    header: InstanceHeader
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    #: What its slices have in common, and others at the same places have not.
+    name: str
+    slices: list[_Slice]
 
 
 def _stacks(headers: Iterable[InstanceHeader]) -> list[list[_Slice]]:
@@ -117,17 +139,17 @@ def _stacks(headers: Iterable[InstanceHeader]) -> list[list[_Slice]]:
         stack = next((stack for stack in stacks if _dot(stack[0], direction) > SAME_NORMAL), (direction, []))
         if not stack[1]:
             stacks.append(stack)
-        stack[1].extend(_Slice(_dot(stack[0], at), header.acquisition_number) for at in header.positions)
+        stack[1].extend(_Slice(_dot(stack[0], at), header) for at in header.positions)
     return [stack for _, stack in stacks]
 
 
 def _judge(stack: list[_Slice]) -> Tiling:
     places = _places(stack)
     layers = Counter(len(at) for at in places).most_common(1)[0][0]
-    if max(map(len, places)) > 1 and (acquisitions := _acquisitions(stack)):
-        # Acquisitions one upon the other: a slice that one lacks is hidden by the other's, so each is judged alone.
-        worst = min((_judge(one) for one in acquisitions), key=lambda t: (t.kind != "gap", -t.extent_mm))
-        return Tiling(worst.kind, worst.detail, worst.first, worst.last, worst.step, layers)
+    if max(map(len, places)) > 1 and len(split := _split(stack)) > 1:
+        # Stacks one upon the other: a slice that one lacks is hidden by the other's, so each is judged alone.
+        worst = min((_judge(one.slices) for one in split), key=lambda t: (t.kind != "gap", -t.extent_mm))
+        return Tiling(worst.kind, worst.detail, worst.first, worst.last, worst.step, max(layers, 2))
     along = [at[0].along for at in places]
     steps = sorted(b - a for a, b in pairwise(along))
     if not steps:
@@ -160,13 +182,38 @@ def _places(stack: list[_Slice]) -> list[list[_Slice]]:
     return places
 
 
-def _acquisitions(stack: list[_Slice]) -> list[list[_Slice]]:
-    """The stack by acquisition number, where that makes more than one stack to judge; else none."""
-    by_number: dict[int | None, list[_Slice]] = defaultdict(list)
-    for one in stack:
-        by_number[one.acquisition].append(one)
-    parts = list(by_number.values())
-    return parts if len(parts) > 1 and all(len(part) >= FEWEST for part in parts) else []
+#: What tells slices at one place apart, the most telling first: phases are acquisitions, reconstructions differ in
+#: thickness, kernel or field of view. Values are shown as they are where they are numbers, never text from the header.
+_TELLING: tuple[tuple[str, Callable[[InstanceHeader], object]], ...] = (
+    ("acquisition", lambda h: h.acquisition_number),
+    ("slice thickness", lambda h: h.slice_thickness),
+    ("kernel", lambda h: h.kernel),
+    ("pixel spacing", lambda h: (h.rows, h.columns, h.pixel_spacing)),
+    ("image type", lambda h: h.image_type),
+)
+
+
+def _split(stack: list[_Slice]) -> list[_Part]:
+    """The stack as stacks with one slice a place, as far as what makers write can tell them apart."""
+    parts = [_Part("", stack)]
+    for name, value in _TELLING:
+        parts = [piece for part in parts for piece in _split_by(part, name, value)]
+    return parts
+
+
+def _split_by(part: _Part, name: str, value: Callable[[InstanceHeader], object]) -> list[_Part]:
+    if len(_places(part.slices)) == len(part.slices):
+        return [part]
+    by_value: dict[object, list[_Slice]] = defaultdict(list)
+    for one in part.slices:
+        by_value[value(one.header)].append(one)
+    if len(by_value) == 1 or any(len(slices) < FEWEST for slices in by_value.values()):
+        return [part]
+    pieces = []
+    for n, (found, slices) in enumerate(by_value.items(), 1):
+        shown = f"{name} {found:g}" if isinstance(found, int | float) else f"{name} {n} of {len(by_value)}"
+        pieces.append(_Part(f"{part.name}, {shown}" if part.name else shown, slices))
+    return pieces
 
 
 def _list_gaps(gaps: list[float]) -> str:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydicom.uid import UID
 
 from node.intake.assembly import ClosedSeries
 from node.intake.header import InstanceHeader
-from node.intake.tiling import Tiling, normal, tile
+from node.intake.tiling import Tiling, normal, parts, tile
 
 #: CT Image, Enhanced CT Image and Legacy Converted Enhanced CT Image Storage (PS3.4 B.5).
 CT_CLASSES = frozenset(
@@ -81,6 +81,10 @@ class Verdict:
     #: For one that is not analysed: whether readers would expect it to be, so that the study should say why not. A
     #: localizer or a sagittal reformat is nothing to tell of; a whole axial chest CT with a gap is.
     tell: bool = False
+    #: Where only a part of the series is analysed: which instances (numbers from 0), and a sentence for the statement
+    #: that says so.
+    part: tuple[int, ...] = ()
+    note: str = ""
 
 
 def triage(series: ClosedSeries) -> Verdict:
@@ -93,11 +97,43 @@ def triage(series: ClosedSeries) -> Verdict:
     """
     tiling = tile(series.instances)
     for refusal in _refusals(series, tiling):
-        return Verdict(False, f"not analysed: {refusal}", tell=_is_expected(series.instances))
+        return _best_part(series) or Verdict(False, f"not analysed: {refusal}", tell=_is_expected(series.instances))
+    return Verdict(True, _described(series, tiling))
+
+
+def _described(series: ClosedSeries, tiling: Tiling) -> str:
     first = series.instances[0]
     part = "axial chest CT" if _names_chest(first.body_part) else "axial CT, body part not given as chest"
     count = sum(len(header.positions) for header in series.instances)
-    return Verdict(True, f"{part}, {count} slices every {tiling.step:.1f} mm over {tiling.extent_mm:.0f} mm")
+    return f"{part}, {count} slices every {tiling.step:.1f} mm over {tiling.extent_mm:.0f} mm"
+
+
+def _best_part(series: ClosedSeries) -> Verdict | None:
+    """A series that holds several stacks, phases or reconstructions: the one of them that shows most, if any will do.
+
+    Most is the longest along the body (an inspiration rather than an expiration), then the most closely spaced, then
+    the one that came first.
+    """
+    stacks = parts(series.instances)
+    fit: list[tuple[float, float, int]] = []
+    for n, (_, numbers) in enumerate(stacks):
+        alone = _alone(series, numbers)
+        tiling = tile(alone.instances)
+        if len(numbers) < len(series.instances) and not any(True for _ in _refusals(alone, tiling)):
+            fit.append((round(-tiling.extent_mm, -1), round(tiling.step, 1), n))
+    if not fit:
+        return None
+    name, numbers = stacks[min(fit)[2]]
+    alone = _alone(series, numbers)
+    others = len(series.instances) - len(numbers)
+    chosen = f"{f'{name}, ' if name else ''}without {others} other images of the series"
+    note = f"Analysed is one stack of {len(numbers)} images: {chosen}."
+    described = _described(alone, tile(alone.instances))
+    return Verdict(True, f"{described}; {chosen}", part=tuple(numbers), note=note)
+
+
+def _alone(series: ClosedSeries, numbers: Sequence[int]) -> ClosedSeries:
+    return replace(series, instances=tuple(series.instances[n] for n in numbers), paths=())
 
 
 def _refusals(series: ClosedSeries, tiling: Tiling) -> Iterator[str]:
@@ -105,7 +141,7 @@ def _refusals(series: ClosedSeries, tiling: Tiling) -> Iterator[str]:
     headers = series.instances
     yield from _kind(headers)
     yield from _image_type(headers)
-    yield from _orientation(headers, tiling)
+    yield from _orientation(headers)
     yield from _body_part(headers)
     if not series.complete:
         yield series.reason if series.reason.startswith("incomplete") else f"incomplete: {series.reason}"
@@ -143,7 +179,7 @@ def _image_type(headers: Sequence[InstanceHeader]) -> Iterator[str]:
             yield f"derived images ({', '.join(computed).lower()}), not the original slices"
 
 
-def _orientation(headers: Sequence[InstanceHeader], tiling: Tiling) -> Iterator[str]:
+def _orientation(headers: Sequence[InstanceHeader]) -> Iterator[str]:
     directions = [normal(header) for header in headers]
     known = [direction for direction in directions if direction]
     if len(known) < len(headers) or not all(header.positions for header in headers):
@@ -161,8 +197,6 @@ def _orientation(headers: Sequence[InstanceHeader], tiling: Tiling) -> Iterator[
     tilt = max(abs(header.gantry_tilt or 0.0) for header in headers)
     if max(tilt, shear := _shear_deg(headers)) > MAX_TILT_DEG:
         yield f"gantry tilt of {max(tilt, shear):.0f} degrees"
-    if tiling.layers > 1:
-        yield f"{tiling.layers} slices at each place (phases or reconstructions in one series)"
 
 
 def _body_part(headers: Sequence[InstanceHeader]) -> Iterator[str]:
@@ -172,6 +206,8 @@ def _body_part(headers: Sequence[InstanceHeader]) -> Iterator[str]:
 
 
 def _stack(headers: Sequence[InstanceHeader], tiling: Tiling) -> Iterator[str]:
+    if tiling.layers > 1:
+        yield f"{tiling.layers} slices at each place (phases or reconstructions in one series)"
     count = sum(len(header.positions) for header in headers)
     if len({(header.rows, header.columns) for header in headers}) > 1:
         yield "slices differ in matrix size"

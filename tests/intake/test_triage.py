@@ -137,9 +137,35 @@ def test_slices_that_are_not_one_stack() -> None:
     slices = chest()
     assert said([*slices[:-1], header(149, z=298.0, rows=256)]) == "slices differ in matrix size"
     scout = header(150, image_type=("ORIGINAL", "PRIMARY", "LOCALIZER"), orientation=(1, 0, 0, 0, 0, -1))
-    assert said([*slices, scout]) == "1 localizers among the slices"
-    twice = [header(n + 500, positions=one.positions) for n, one in enumerate(slices)]
+    assert said([*slices[:20], scout]) == "1 localizers among the slices"
+    twice = [header(n + 500, positions=one.positions, slice_thickness=2.0) for n, one in enumerate(slices)]
     assert said([*slices, *twice]).startswith("2 slices at each place")
+
+
+def test_of_several_stacks_in_one_series_the_one_that_shows_most_is_analysed() -> None:
+    inspiration, expiration = chest(150, acquisition_number=1), chest(100, acquisition_number=2)
+    verdict = triage(closed([*expiration, *inspiration]))
+    assert verdict.reason == (
+        "axial chest CT, 150 slices every 2.0 mm over 300 mm; acquisition 1, without 100 other images of the series"
+    )
+    assert verdict.part == tuple(range(100, 250))
+    assert verdict.note == (
+        "Analysed is one stack of 150 images: acquisition 1, without 100 other images of the series."
+    )
+    thick, thin = chest(60, 5.0), chest(300, 1.0)
+    assert triage(closed([*thick, *thin])).part == tuple(range(60, 360))
+    sharp, soft = chest(kernel="B70f"), chest(kernel="B30f")
+    interleaved = [one for pair in zip(sharp, soft, strict=True) for one in pair]
+    verdict = triage(closed(interleaved))
+    assert verdict.part == tuple(range(0, 300, 2))
+    assert "B70f" not in verdict.reason + verdict.note
+    scout = header(150, image_type=("ORIGINAL", "PRIMARY", "LOCALIZER"), orientation=(1, 0, 0, 0, 0, -1))
+    assert triage(closed([scout, *chest()])).part == tuple(range(1, 151))
+
+
+def test_a_gap_in_any_of_several_stacks_is_told() -> None:
+    inspiration, expiration = chest(150, acquisition_number=1), chest(150, acquisition_number=2)
+    assert said([*inspiration, *expiration[:70], *expiration[71:]]).startswith("incomplete: gap at z = 140.0 mm")
 
 
 def test_an_enhanced_chest_ct_is_analysed() -> None:
