@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from models.training import datasets
 from models.training.datasets import Patient
-from models.training.evaluate import dice, figure, predict
+from models.training.evaluate import figures_of, infection_chances, judge_infection, predictor
 from models.training.train import INFECTION_DESIGNS, TRAINING_PHANTOMS, Plan, build, fit, learners, patients_of
 
 #: Folds over the ten patients.
@@ -45,7 +45,8 @@ def run_fold(patients: Sequence[Patient], fold: int, out: Path, *, seed: int, st
     network = build(plan.network)
     network.load_state_dict(load_file(weights))
     network = network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    chances = {patient.id: _within(patient, predict(network, patient, plan.context)[0]) for patient in tested}
+    predict = predictor(network, network.stride, context=plan.context)
+    chances = {patient.id: chance.astype(np.float16) for patient, chance in infection_chances(predict, tested)}
     np.savez_compressed(out / f"fold-{fold}.npz", **chances)  # type: ignore[arg-type]
     return out / f"fold-{fold}.npz"
 
@@ -63,12 +64,6 @@ def out_of_fold(out: Path) -> dict[str, NDArray[np.float16]]:
         with np.load(out / f"fold-{fold}.npz", allow_pickle=False) as found:
             chances |= {name: found[name] for name in found.files}
     return chances
-
-
-def _within(patient: Patient, chance: NDArray[np.float32]) -> NDArray[np.float16]:
-    if patient.lungs is None:
-        raise ValueError(f"{patient.id} has no lungs drawn")
-    return (chance * (patient.lungs > 0)).astype(np.float16)
 
 
 def main() -> None:
@@ -89,10 +84,9 @@ def main() -> None:
         if not (arguments.out / f"fold-{fold}.npz").exists():
             run_fold(patients, fold, arguments.out, seed=arguments.seed, steps=arguments.steps, plan=plan)
     if all((arguments.out / f"fold-{fold}.npz").exists() for fold in range(FOLDS)):
-        truth = {patient.id: patient.infection for patient in patients if patient.infection is not None}
         found = out_of_fold(arguments.out)
-        scores = {name: dice(chance >= arguments.threshold, truth[name]) for name, chance in sorted(found.items())}
-        print(json.dumps(asdict(figure("covid-seg-20", "Dice infection", scores)), indent=1))
+        cases = judge_infection(((p, found[p.id]) for p in patients if p.id in found), arguments.threshold)
+        print(json.dumps([asdict(one) for one in figures_of(cases)], indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Write a bundle: weights, configuration, metadata with the digest, and a model card with the held-out figures.
 
 `python -m models.training.publish lungs|infection --data DIR --weights FILE --version X.Y.Z --limits FILE`, where
-FILE says, one line each, what the model is known to get wrong.
+FILE says, one line each, what the model is known to get wrong. The card's pictures show phantoms: those of patients
+may not be given on.
 """
 
 from __future__ import annotations
@@ -10,16 +11,39 @@ import argparse
 import hashlib
 import json
 import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from models.registry import BUNDLES, WEIGHTS
+import numpy as np
+
+from models.registry import BUNDLES, WEIGHTS, Bundle, load_bundle
 from models.runtime import export
 from models.training import datasets
-from models.training.evaluate import evaluate
+from models.training.calibration import Reliability, calibrate, found_lesions
+from models.training.datasets import Patient
+from models.training.evaluate import (
+    LESION_OVERLAP,
+    SURFACE_MM,
+    Case,
+    Chance,
+    Figure,
+    bundle_predictor,
+    choose_threshold,
+    figures_of,
+    held_out,
+    infection_cases,
+    infection_chances,
+    judge_infection,
+    lungs_cases,
+)
+from models.training.pictures import draw_cases, draw_reliability
 from models.training.sampling import HU_RANGE, Task
-from models.training.train import PLANS, build
+from models.training.train import PLANS, Plan, build, patients_of
 
 #: Lesions below this are not reported, mm³: as long as a slab is thick, the area that makes a slice positive.
 MINIMUM_LESION_MM3 = 60.0
@@ -46,25 +70,131 @@ _TASKS: dict[Task, dict[str, Any]] = {
 }
 
 
-def publish(task: Task, weights: Path, data: Path, seed: int, version: str, limits: list[str]) -> Path:
-    """Evaluate the weights and write the bundle; returns its folder."""
-    found = evaluate(task, weights, data, seed)
-    folder = BUNDLES / task
-    for part in ("configs", "models", "docs"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(weights, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o644)
-    metadata = _metadata(task, found, version, hashlib.sha256(weights.read_bytes()).hexdigest())
-    _write_json(folder / "configs" / "metadata.json", metadata)
-    _write_json(folder / "configs" / "inference.json", {"network_def": PLANS[task].network})
-    (folder / "docs" / "README.md").write_text(_card(task, metadata, found, limits), encoding="utf-8")
-    export(folder)
+@dataclass(frozen=True)
+class Material:
+    """Patients that a network is measured on.
+
+    Attributes
+    ----------
+    validation, test
+        `evaluate.held_out`: to choose threshold and calibration on, and to report.
+    out_of_fold
+        Patients that the network did learn from, with the probabilities of networks that did not: threshold and
+        calibration are chosen on these too, and the figures of a cross-validation are theirs.
+    """
+
+    validation: Sequence[Patient]
+    test: Sequence[Patient]
+    out_of_fold: Sequence[tuple[Patient, Chance]] = ()
+
+
+@dataclass
+class _Results:
+    """What was measured, for metadata and card."""
+
+    cases: list[Case]
+    thresholds: dict[str, Any] = field(default_factory=dict)
+    cross_validation: list[Figure] = field(default_factory=list)
+    reliability: tuple[Reliability, Reliability] | None = None
+
+    @property
+    def figures(self) -> list[Figure]:
+        """On the test patients."""
+        return figures_of(self.cases)
+
+
+def publish(
+    task: Task,
+    weights: Path,
+    version: str,
+    material: Material,
+    *,
+    limits: Sequence[str],
+    notes: str = "",
+    plan: Plan | None = None,
+    floor: float = 0.0,
+    folder: Path | None = None,
+) -> Path:
+    """Measure the weights and write the bundle; returns its folder.
+
+    Parameters
+    ----------
+    task, weights
+        What was trained, and the file that training wrote.
+    version
+        Of the bundle.
+    material
+        Whom to measure on.
+    limits
+        What the model gets wrong, a line each.
+    notes
+        Markdown for the card: whole series that were tried, how the threshold came about.
+    plan
+        What was trained, by default the task's.
+    floor
+        Lesions less probable than this are not reported.
+    folder
+        Where the bundle goes, by default among those that come with the program.
+    """
+    plan = plan or PLANS[task]
+    folder = folder or BUNDLES / task
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / task
+        for part in ("configs", "models", "docs"):
+            (made / part).mkdir(parents=True)
+        shutil.copyfile(weights, made / WEIGHTS)
+        metadata = _metadata(task, plan, version, hashlib.sha256(weights.read_bytes()).hexdigest())
+        _write_json(made / "configs" / "metadata.json", metadata)
+        _write_json(made / "configs" / "inference.json", {"network_def": plan.network})
+        results = _measure(task, load_bundle(made), material, metadata, floor)
+        _write_json(made / "configs" / "metadata.json", metadata)
+        _draw(task, results, made / "docs")
+        card = _card(task, plan, metadata, results, limits, notes)
+        (made / "docs" / "README.md").write_text(card, encoding="utf-8")
+        export(made)
+        # What is left of the model before, OpenVINO's form of it for one, is not this one's.
+        if folder.exists():
+            shutil.rmtree(folder)
+        shutil.copytree(made, folder, copy_function=shutil.copyfile)
     return folder
 
 
-def _metadata(task: Task, found: dict[str, Any], version: str, digest: str) -> dict[str, Any]:
-    about, stride = _TASKS[task], build(PLANS[task].network).stride
-    metadata: dict[str, Any] = {
+def _measure(task: Task, bundle: Bundle, material: Material, metadata: dict[str, Any], floor: float) -> _Results:
+    """Measure the network, and complete its metadata with what follows from that."""
+    predict = bundle_predictor(bundle)
+    if task == "lungs":
+        results = _Results(list(lungs_cases(predict, material.test)))
+    else:
+        unseen = [*material.out_of_fold, *infection_chances(predict, material.validation)]
+        threshold, table = choose_threshold(unseen)
+        metadata |= {"threshold": threshold, "minimum_lesion_mm3": MINIMUM_LESION_MM3}
+        results = _Results(list(infection_cases(predict, material.test, threshold)), table)
+        results.cross_validation = figures_of(judge_infection(material.out_of_fold, threshold))
+        lesions = found_lesions(unseen, threshold)
+        if len({lesion.true for lesion in lesions}) == 2:
+            model, before, after = calibrate(lesions, floor)
+            metadata["lesion_calibration"] = {name: round(value, 5) for name, value in asdict(model).items()}
+            results.reliability = before, after
+    metadata["held_out"] = [_brief(one) for one in results.figures]
+    if results.cross_validation:
+        metadata["cross_validation"] = [_brief(one) for one in results.cross_validation]
+    return results
+
+
+def _brief(figure: Figure) -> dict[str, Any]:
+    return {name: value for name, value in asdict(figure).items() if name != "values"}
+
+
+def _draw(task: Task, results: _Results, docs: Path) -> None:
+    if own := _own(task, results):
+        draw_cases(own, f"Dice {task}", docs / "cases.png")
+    if results.reliability:
+        draw_reliability(*results.reliability, docs / "reliability.png")
+
+
+def _metadata(task: Task, plan: Plan, version: str, digest: str) -> dict[str, Any]:
+    about, stride, context = _TASKS[task], build(plan.network).stride, plan.context
+    return {
         "name": task,
         "version": version,
         "sha256": digest,
@@ -73,19 +203,19 @@ def _metadata(task: Task, found: dict[str, Any], version: str, digest: str) -> d
         "numpy_version": installed("numpy"),
         "task": about["title"],
         "intended_use": "Research use, not for diagnosis.",
-        "license": "CC BY-NC-SA 4.0, after the data that it was trained on",
-        "data_source": [_SETS[source] for source in PLANS[task].shares],
+        "license": _licence(plan.shares),
+        "data_source": [_SETS[source] for source in plan.shares],
         "hu_range": list(HU_RANGE),
         "pixel_mm": datasets.PIXEL_MM,
         "stride": stride,
-        "context": PLANS[task].context,
+        "context": context,
         "network_data_format": {
             "inputs": {
                 "image": {
                     "type": "image",
                     "format": "hounsfield",
                     "modality": "CT",
-                    "num_channels": 1,
+                    "num_channels": 2 * context + 1,
                     "spatial_shape": [f"{stride}*n", f"{stride}*n"],
                     "dtype": "float32",
                     "value_range": [-1, 1],
@@ -102,69 +232,159 @@ def _metadata(task: Task, found: dict[str, Any], version: str, digest: str) -> d
                 }
             },
         },
-        "held_out": [{key: value for key, value in f.items() if key != "values"} for f in found["figures"]],
     }
-    if task == "infection":
-        metadata |= {"threshold": found["threshold"], "minimum_lesion_mm3": MINIMUM_LESION_MM3}
-    return metadata
 
 
-def _card(task: Task, metadata: dict[str, Any], found: dict[str, Any], limits: list[str]) -> str:
+def _licence(sources: Iterable[str]) -> str:
+    """The strictest licence of the data, which the weights follow."""
+    texts = [_SETS[source] for source in sources]
+    if any("CC BY-NC-SA" in text for text in texts):
+        return "CC BY-NC-SA 4.0, after the data that it was trained on"
+    if any("not stated" in text for text in texts):
+        return "not stated: some of the data that it was trained on state none"
+    return "Apache-2.0"
+
+
+def _card(
+    task: Task, plan: Plan, metadata: dict[str, Any], results: _Results, limits: Sequence[str], notes: str
+) -> str:
+    network = (
+        (import_module(plan.network["_target_"].rpartition(".")[0]).__doc__ or "").split("\n\n")[0].replace("\n", " ")
+    )
+    context = metadata["context"]
+    seen = f"axial slices, each with {context} neighbours on either side," if context else "axial slices"
+    low, high = metadata["hu_range"]
+    trained = set(plan.shares)
+    inside = [one for one in results.figures if one.source in trained]
+    outside = [one for one in results.figures if one.source not in trained]
     lines = [
         f"# {metadata['task']} ({task} {metadata['version']})",
         "",
-        "**Research use, not for diagnosis.** Licence of the weights: CC BY-NC-SA 4.0, as the data demand.",
+        f"**Research use, not for diagnosis.** Licence of the weights: {metadata['license']}.",
         "",
-        "A 2D U-Net with a lean Xception encoder (Lokwani et al. 2020) on axial slices of "
-        f"{metadata['pixel_mm']} mm pixels, HU {HU_RANGE[0]:.0f} to {HU_RANGE[1]:.0f} scaled to -1 to 1.",
+        f"{network} It sees {seen} of {metadata['pixel_mm']} mm pixels, HU {low:.0f} to {high:.0f} scaled to -1 to 1.",
         "",
         "## Trained on",
         "",
         *(f"- {text}" for text in metadata["data_source"]),
         "",
-        "Split by patient (`models.training.datasets.split`); a fifth of each source was held out for the figures "
-        "below, a seventh to choose thresholds.",
+        "Split by patient (`models.training.datasets.split`): none of the figures below is of a patient that the "
+        "network that gave it had learnt from or was chosen on.",
         "",
         "## Held-out figures",
         "",
-        "| source | measure | mean | 95 % interval | patients |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {f['source']} | {f['measure']} | {f['mean']:.3f} | {_interval(f)} | {f['patients']} |"
-            for f in found["figures"]
-        ),
+        *_table(inside),
         "",
-        "The interval is a bootstrap over patients: of two it shows only their values, of one there is none. Sets of "
-        "single slices count each slice as a patient.",
+        "The interval of a mean is a bootstrap over patients: of two it shows only their values, of one there is none. "
+        "That of slices and lesions is Wilson's, which takes them for independent and so is rather too narrow. Surface "
+        f"Dice is at {SURFACE_MM:.0f} mm, slice by slice; volume error is its amount over the drawn volume; a lesion "
+        f"is found, and a found one true, from {LESION_OVERLAP:.0%} overlap. Sets of single slices count each slice as "
+        "a patient.",
         "",
     ]
+    if outside:
+        lines += ["## Outside test", "", "Sets that nothing was trained or chosen on.", "", *_table(outside), ""]
+    if results.cross_validation:
+        lines += [
+            "## Cross-validation",
+            "",
+            "Every patient by a network that had not seen that patient; the shipped network is another one.",
+            "",
+            *_table(results.cross_validation),
+            "",
+        ]
     if task == "infection":
         lines += [
             "Two groups of annotators agree on the infection of covid-seg-20 at a mean Dice of 0.78.",
             "",
             "## Threshold",
             "",
-            f"{found['threshold']}: the best mean Dice over validation patients less the share of healthy validation "
-            "slices called positive. Most of those are slices of healthy phantoms, whose vessels cross more than real "
-            "ones do.",
+            f"{metadata['threshold']}: the best mean Dice over validation patients less the share of healthy "
+            "validation slices called positive.",
             "",
             "| threshold | mean Dice | healthy slices called positive |",
             "|---|---|---|",
             *(
                 f"| {threshold} | {row['dice']:.3f} | {row['false_positive_slices']:.3f} |"
-                for threshold, row in found["validation"].items()
+                for threshold, row in results.thresholds.items()
             ),
             "",
         ]
+    if results.reliability:
+        before, after = results.reliability
+        floor = metadata["lesion_calibration"]["floor"]
+        lines += [
+            "## Probability of a lesion",
+            "",
+            "A logistic model of mean, maximum and volume, fitted on lesions of patients that the network had not "
+            "seen; measured with each patient left out in turn.",
+            "",
+            "| | Brier score | expected calibration error |",
+            "|---|---|---|",
+            f"| mean over voxels | {before.brier:.3f} | {before.ece:.3f} |",
+            f"| calibrated | {after.brier:.3f} | {after.ece:.3f} |",
+            "",
+            *([f"Lesions below {floor} are not reported.", ""] if floor else []),
+            "![Stated probability against the share of true lesions](reliability.png)",
+            "",
+        ]
+    if _own(task, results):
+        lines += [
+            "## Worst, median and best phantom",
+            "",
+            "Pictures of patients may not be given on; `lungnode evaluate` draws them from the data.",
+            "",
+            "![Drawn and found contours of three phantoms](cases.png)",
+            "",
+        ]
+    if notes.strip():
+        lines += [notes.strip(), ""]
     return "\n".join([*lines, "## Known limits", "", *(f"- {limit}" for limit in limits), ""])
 
 
-def _interval(figure: dict[str, Any]) -> str:
-    return f"{figure['low']:.3f} to {figure['high']:.3f}" if figure["patients"] > 1 else "one patient only"
+def _table(figures: Sequence[Figure]) -> list[str]:
+    return [
+        "| source | measure | mean or share | 95 % interval | patients | slices or lesions |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {f.source} | {f.measure} | {f.mean:.3f} | {_interval(f)} | {f.patients} | {f.trials or ''} |"
+            for f in figures
+        ),
+    ]
+
+
+def _interval(figure: Figure) -> str:
+    alone = figure.patients == 1 and not figure.trials
+    return "one patient only" if alone else f"{figure.low:.3f} to {figure.high:.3f}"
+
+
+def _own(task: Task, results: _Results) -> list[Case]:
+    """Cases of which pictures may be given on."""
+    return [case for case in results.cases if case.patient.licence == "own" and f"Dice {task}" in case.values]
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_out_of_fold(files: Iterable[Path], patients: Sequence[Patient]) -> list[tuple[Patient, Chance]]:
+    """Patients and their probabilities from files of `crossvalidate`.
+
+    Raises
+    ------
+    ValueError
+        A file names a patient who is not among these, or whose slices are others.
+    """
+    known = {patient.id: patient for patient in patients}
+    pairs: list[tuple[Patient, Chance]] = []
+    for file in files:
+        with np.load(file, allow_pickle=False) as found:
+            for name in found.files:
+                chance = found[name]
+                if name not in known or known[name].hu.shape != chance.shape:
+                    raise ValueError(f"{file}: {name} with {chance.shape} pixels is no patient of the data")
+                pairs.append((known[name], chance))
+    return pairs
 
 
 def main() -> None:
@@ -175,10 +395,17 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--version", required=True)
     parser.add_argument("--limits", type=Path, required=True, help="what it gets wrong, a line each")
+    parser.add_argument("--notes", type=Path, help="Markdown for the card, before the limits")
+    parser.add_argument("--out-of-fold", type=Path, nargs="*", default=[], help="fold-K.npz of crossvalidate")
+    parser.add_argument("--floor", type=float, default=0.0, help="lesions less probable are not reported")
     parser.add_argument("--seed", type=int, default=0, help="the seed that training was run with")
     given = parser.parse_args()
     limits = [line for line in given.limits.read_text(encoding="utf-8").splitlines() if line.strip()]
-    print(publish(given.task, given.weights, given.data, given.seed, given.version, limits))
+    notes = given.notes.read_text(encoding="utf-8") if given.notes else ""
+    validation, test = held_out(given.task, given.data, given.seed)
+    unseen = read_out_of_fold(given.out_of_fold, patients_of(given.task, given.data)) if given.out_of_fold else []
+    material = Material(validation, test, unseen)
+    print(publish(given.task, given.weights, given.version, material, limits=limits, notes=notes, floor=given.floor))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Lesion:
     #: Value of this lesion's voxels in `Findings.lesions`, from 1, largest volume first.
     label: int
     side: Side
-    #: 0 to 1: mean of the network's infection probability over the lesion's voxels.
+    #: 0 to 1: as the model's calibration has it; without one the mean of the network's probability over the voxels.
     probability: float
     volume_ml: float
     mean_hu: float

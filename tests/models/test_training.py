@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from models.networks.efficientnet_unet import EfficientNetUNet
 from models.training import train
 from models.training.datasets import Patient, phantoms, stack
-from models.training.evaluate import choose_threshold, dice, evaluate_infection, evaluate_lungs, figure
-from models.training.sampling import Slices, normalise
+from models.training.sampling import Slices
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +34,6 @@ SMALL = train.Plan(
     shares={"phantom": 1.0},
     context=1,
 )
-
-
-class Oracle(torch.nn.Module):
-    """Finds what is brighter than a level, by its logits."""
-
-    def __init__(self, hu: float) -> None:
-        super().__init__()
-        self.level = float(normalise(np.array([hu], np.float32))[0])
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return 20 * (image - self.level)
 
 
 def test_flips_and_poses_keep_the_sides_true(patients: Sequence[Patient]) -> None:
@@ -101,60 +89,3 @@ def test_imagenet_weights_fit_the_encoder() -> None:
     assert not torch.equal(before, network.blocks[3].depthwise[0].weight)
     with pytest.raises(ValueError, match="do not fit"):
         network.load_imagenet({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)})
-
-
-def test_dice() -> None:
-    truth = np.zeros((2, 4, 4), bool)
-    truth[0, :2] = True
-    assert dice(truth, truth) == 1
-    assert dice(~truth, truth) == 0
-    assert dice(np.zeros_like(truth), np.zeros_like(truth)) == 1
-    half = truth.copy()
-    half[0, 0] = False
-    assert dice(half, truth) == pytest.approx(2 * 4 / (4 + 8))
-
-
-def test_the_interval_holds_the_mean() -> None:
-    made = figure("set", "Dice", {"a": 0.5, "b": 0.7, "c": 0.9})
-    assert made.low < made.mean < made.high
-    assert made.mean == pytest.approx(0.7)
-    assert made.patients == 3
-    alone = figure("set", "Dice", {"a": 0.5})
-    assert alone.low == alone.mean == alone.high == 0.5
-
-
-def test_figures_of_a_network_that_sees_density(patients: Sequence[Patient]) -> None:
-    figures = {(f.source, f.measure): f for f in evaluate_infection(Oracle(-500), patients, 0.5)}
-    found = figures["phantom", "Dice infection"]
-    assert 0.1 < found.mean < 1
-    assert figures["phantom", "healthy slices called positive"].patients == 1
-    never = {f.measure: f.mean for f in evaluate_infection(Oracle(4000), patients, 0.5)}
-    assert never["Dice infection"] == 0
-    assert never["healthy slices called positive"] == 0
-
-
-def test_lungs_by_side(patients: Sequence[Patient]) -> None:
-    class Sides(torch.nn.Module):
-        def forward(self, image: torch.Tensor) -> torch.Tensor:
-            left = torch.zeros_like(image)
-            left[..., image.shape[-1] // 2 :] = 1
-            dark = ((image < -0.4) & (image > -0.98)).float() * 9
-            return torch.cat([torch.full_like(image, 5), dark * (1 - left), dark * left], 1)
-
-    patient = patients[0]
-    assert patient.lungs is not None
-    swapped = replace(patient, lungs=np.array([0, 2, 1], np.uint8)[patient.lungs])
-    scores = {f.measure: f.mean for f in evaluate_lungs(Sides(), [patient])}
-    assert scores["Dice lungs"] > 0.35
-    for side in ("right", "left"):
-        assert scores[f"Dice {side}"] > 0.35
-        assert {f.measure: f.mean for f in evaluate_lungs(Sides(), [swapped])}[f"Dice {side}"] < 0.15
-
-
-def test_the_threshold_weighs_overlap_against_false_alarms(patients: Sequence[Patient]) -> None:
-    real = [Patient(f"real_{p.id}", "real", "own", p.hu, p.lungs, p.infection) for p in patients]
-    threshold, table = choose_threshold(Oracle(-420), real)
-    gains = {name: row["dice"] - row["false_positive_slices"] for name, row in table.items()}
-    assert gains[str(threshold)] == pytest.approx(max(gains.values()), abs=2e-4)
-    rates = [row["false_positive_slices"] for row in table.values()]
-    assert rates == sorted(rates, reverse=True)
