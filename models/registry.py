@@ -92,13 +92,15 @@ class Bundle:
 WEIGHTS = Path("models") / "model.safetensors"
 
 
-def load_bundle(name_or_path: str | Path) -> Bundle:
+def load_bundle(name_or_path: str | Path, installed: Path | None = None) -> Bundle:
     """Find a bundle and verify its weights.
 
     Parameters
     ----------
     name_or_path
         A name of `list_bundles`, or a bundle's folder.
+    installed
+        Folder of the bundles that this installation brought in, if there is one.
 
     Raises
     ------
@@ -106,12 +108,11 @@ def load_bundle(name_or_path: str | Path) -> Bundle:
         There is no such bundle, it is incomplete, or the digest of the weights is not the recorded one.
     """
     # A name is looked up among the installed bundles first: a folder of the same name beside us must not stand in.
-    path = BUNDLES / name_or_path
-    if not path.is_dir():
-        path = Path(name_or_path)
+    homes = [BUNDLES, installed] if installed else [BUNDLES]
+    path = next((home / name_or_path for home in homes if (home / name_or_path).is_dir()), Path(name_or_path))
     file = path / "configs" / "metadata.json"
     if not file.is_file():
-        known = ", ".join(list_bundles()) or "none"
+        known = ", ".join(list_bundles(installed)) or "none"
         raise BundleError(f"no bundle '{name_or_path}': {file} is missing; installed: {known}")
     metadata = _read_json(file)
     try:
@@ -122,9 +123,44 @@ def load_bundle(name_or_path: str | Path) -> Bundle:
     return Bundle(str(name), str(version), str(digest), metadata, path)
 
 
-def list_bundles() -> tuple[str, ...]:
-    """Names of the bundles that come with the program, sorted."""
-    return tuple(sorted(file.parents[1].name for file in BUNDLES.glob("*/configs/metadata.json")))
+def list_bundles(installed: Path | None = None) -> tuple[str, ...]:
+    """Names of the bundles that come with the program, and of those in the folder `installed`, sorted."""
+    homes = [BUNDLES, installed] if installed else [BUNDLES]
+    return tuple(sorted(file.parents[1].name for home in homes for file in home.glob("[!.]*/configs/metadata.json")))
+
+
+def verify(bundle: Bundle) -> None:
+    """Build a bundle's network and run it on a small image.
+
+    Raises
+    ------
+    BundleError
+        It does not load, does not run, or gives what the metadata do not say; or these lack what inference needs.
+    """
+    import torch
+
+    file = bundle.path / "configs" / "metadata.json"
+    try:
+        context, stride = int(bundle.metadata.get("context", 0)), int(bundle.metadata["stride"])
+        channels = int(bundle.metadata["network_data_format"]["outputs"]["pred"]["num_channels"])
+        low, high = (float(value) for value in bundle.metadata["hu_range"])
+        sizes = [float(bundle.metadata["pixel_mm"]), high - low, stride, context + 1, channels]
+        if channels == 1:
+            sizes += [float(bundle.metadata["threshold"]), float(bundle.metadata["minimum_lesion_mm3"])]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{file}: inference needs {error}") from None
+    if min(sizes) <= 0 or channels not in (1, 3) or max(context, stride) > 64:
+        raise BundleError(f"{file}: sizes must be positive, and a network have 1 (infection) or 3 (lungs) channels")
+    image = torch.full((1, 2 * context + 1, 4 * stride, 4 * stride), -1.0)
+    image[..., stride:-stride, stride:-stride] = 0.0
+    network = bundle.load()
+    try:
+        with torch.inference_mode():
+            logits = network(image)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise BundleError(f"{bundle.path}: the network does not run: {error}") from None
+    if tuple(logits.shape) != (1, channels, *image.shape[2:]) or not bool(torch.isfinite(logits).all()):
+        raise BundleError(f"{bundle.path}: the network gives {tuple(logits.shape)}, or numbers that are none")
 
 
 def _verified(path: Path, expected: str) -> bytes:

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from node import __version__
+from node import __version__, workbench
 from node.config import CONFIG_VARIABLE, ConfigError, Peer, Settings, load, schema
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Check settings, and print their schema.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(workbench.models_app, name="models")
+app.command()(workbench.evaluate)
+app.command()(workbench.train)
 
 out = Console()
 err = Console(stderr=True)

@@ -147,6 +147,15 @@ class Retention(_Section):
     """free disk in MB below which status and log warn, well before the listener refuses"""
 
 
+class Models(_Section):
+    """Which models analyse, by the names that `lungnode models list` shows."""
+
+    lungs: str = Field("lungs", examples=["lungs-r231"])
+    """name of the model that finds the lungs"""
+    infection: str = "infection"
+    """name of the model that finds infection"""
+
+
 class Settings(_Section):
     """Everything that an installation may set."""
 
@@ -164,6 +173,14 @@ class Settings(_Section):
     """the processes that analyse"""
     retention: Retention = Retention()
     """how long files are kept"""
+
+    models: Models = Models()
+    """which models analyse; your own lie in the folder models/ of data"""
+
+    @property
+    def installed_models(self) -> Path:
+        """Folder of the models that this installation brought in."""
+        return self.data / "models"
 
     def peers_that_may(self, what: Literal["send", "receive"]) -> dict[str, Peer]:
         """Peers by name that may `send` to us or `receive` from us."""

@@ -114,12 +114,14 @@ def node() -> Node:
 
 
 @functools.cache
-def segmenter(device: str) -> Segmenter:
-    """The networks of the pneumonia analysis, loaded once in a process."""
+def segmenter(
+    device: str, lungs: str = "lungs", infection: str = "infection", installed: Path | None = None
+) -> Segmenter:
+    """The networks of the pneumonia analysis, loaded once in a process; `installed` holds models of one's own."""
     from models.inference import Segmenter  # torch takes seconds to import; only the analyse worker needs it
 
     chosen = None if device == "auto" else device
-    return Segmenter(load_bundle("lungs"), load_bundle("infection"), chosen)
+    return Segmenter(load_bundle(lungs, installed), load_bundle(infection, installed), chosen)
 
 
 #: Set when this process is to end.
@@ -295,7 +297,11 @@ def _make(here: Node, work: _Work) -> _Made:
     if work.not_analysed is not None:
         return _not_analysed(work, work.not_analysed)
     try:
-        volume, findings = pipeline.analyse(work.paths, segmenter(here.settings.worker.device), _told(here, work))
+        wanted = here.settings
+        networks = segmenter(
+            wanted.worker.device, wanted.models.lungs, wanted.models.infection, wanted.installed_models
+        )
+        volume, findings = pipeline.analyse(work.paths, networks, _told(here, work))
     except VolumeError as refusal:
         return _not_analysed(work, str(refusal))
     if work.note:

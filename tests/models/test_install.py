@@ -1,0 +1,196 @@
+"""What is brought from elsewhere is data: checked, run once, in place whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from models import install as installing
+from models.install import import_r231, install
+from models.networks.unet_r231 import HU_RANGE, UNetR231, body_box, published_state
+from models.registry import BUNDLES, WEIGHTS, BundleError, list_bundles, load_bundle, verify
+from models.training.phantom import phantom
+from node.cli import app
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A hospital's bundle: the shipped one under another name."""
+    folder = Path(shutil.copytree(BUNDLES / "lungs", tmp_path / "ours"))
+    rename(folder, "ours")
+    return folder
+
+
+def rename(folder: Path, name: str, **changes: object) -> None:
+    file = folder / "configs" / "metadata.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"name": name} | changes))
+
+
+def zipped(folder: Path, inside: str = "", **more: bytes) -> Path:
+    file = folder.with_suffix(".zip")
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                archive.write(path, f"{inside}{path.relative_to(folder)}")
+        for name, content in more.items():
+            archive.writestr(name, content)
+    return file
+
+
+def nothing_in(folder: Path) -> bool:
+    return not folder.exists() or not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("inside", ["", "ours-1.0/"])
+def test_a_bundle_is_installed_without_its_code(own: Path, tmp_path: Path, inside: str) -> None:
+    more = {f"{inside}scripts/net.py": b"import os", f"{inside}models/model.pt": b"pickle", "__MACOSX/x": b""}
+    bundle, left_out = install(zipped(own, inside, **more), tmp_path / "models")
+    assert bundle.name == "ours"
+    assert bundle.path == tmp_path / "models" / "ours"
+    assert set(more) <= set(left_out)
+    assert not list(bundle.path.rglob("*.p[yt]"))
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["ours"]
+    assert "ours" in list_bundles(tmp_path / "models")
+    assert load_bundle("ours", tmp_path / "models").identity == bundle.identity
+    with pytest.raises(BundleError, match="there is a model 'ours' already"):
+        install(zipped(own), tmp_path / "models")
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "..\\evil", "C:/evil"])
+def test_no_file_leaves_its_folder(own: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(BundleError, match="outside its folder"):
+        install(zipped(own, "", **{name: b"x"}), tmp_path / "models")
+    assert nothing_in(tmp_path / "models")
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_an_archive_may_not_swell(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installing, "_MOST_BYTES", 1000)
+    with pytest.raises(BundleError, match="unpacks to more than 1,000 bytes"):
+        install(zipped(own), tmp_path / "models")
+    monkeypatch.setattr(installing, "_MOST_FILES", 2)
+    with pytest.raises(BundleError, match="no bundle has over 2"):
+        install(zipped(own), tmp_path / "models")
+    assert nothing_in(tmp_path / "models")
+
+
+def test_what_is_no_bundle_is_refused(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.zip").write_text("no zip")
+    with pytest.raises(BundleError, match="cannot be read as a ZIP file"):
+        install(tmp_path / "text.zip", tmp_path / "models")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BundleError, match="no MONAI bundle"):
+        install(zipped(tmp_path / "empty"), tmp_path / "models")
+    for name in ("lungs", "../x", "Upper", ""):
+        rename(own, name)
+        with pytest.raises(BundleError, match="a model"):
+            install(zipped(own), tmp_path / "models")
+    rename(own, "ours", hu_range=[1])
+    with pytest.raises(BundleError, match="inference needs"):
+        install(zipped(own), tmp_path / "models")
+    rename(own, "ours", sha256="0" * 64, hu_range=[-1000, 400])
+    with pytest.raises(BundleError, match="sha256"):
+        install(zipped(own), tmp_path / "models")
+    (own / WEIGHTS).unlink()
+    with pytest.raises(BundleError, match=r"model\.pt may hold code.*safetensors"):
+        install(zipped(own, "", **{"models/model.pt": b"x"}), tmp_path / "models")
+    assert nothing_in(tmp_path / "models")
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {sys.prefix}/evil-was-here",)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"last.weight": Evil()}, protocol=2))
+    with pytest.raises(BundleError, match="not the weights of lungmask's R231"):
+        import_r231(tmp_path / "evil.pth", tmp_path / "models")
+    assert not (Path(sys.prefix) / "evil-was-here").exists()
+    torch.save({"down_path.0.block.0.weight": torch.zeros(64, 1, 3, 3)}, tmp_path / "part.pth")
+    with pytest.raises(BundleError, match="not the weights of lungmask's R231"):
+        import_r231(tmp_path / "part.pth", tmp_path / "models")
+    with pytest.raises(ValueError, match="6 classes"):
+        published_state({"last.weight": torch.zeros(6, 64, 1, 1)})
+    with pytest.raises(ValueError, match="no part of lungmask"):
+        published_state({"encoder.weight": torch.zeros(1)})
+    assert nothing_in(tmp_path / "models")
+
+
+def test_r231_is_what_lungmask_computes(tmp_path: Path) -> None:
+    lungmask = pytest.importorskip("lungmask.resunet", reason="pip install lungmask compares R231 with the original")
+    utils = pytest.importorskip("lungmask.utils")
+    torch.manual_seed(0)
+    theirs = lungmask.UNet(n_classes=3, padding=True, depth=5, up_mode="upsample", batch_norm=True, residual=False)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 2)
+    theirs.eval()
+    torch.save(theirs.state_dict(), tmp_path / "unet_r231-random.pth")
+    bundle = import_r231(tmp_path / "unet_r231-random.pth", tmp_path / "models")
+    network = bundle.load()
+    assert isinstance(network, UNetR231)
+
+    hu = phantom(4, shape=(8, 190, 230), severity=1).hu[3:4]
+    boxed, boxes = utils.preprocess(hu.astype(np.float32), [256, 256])
+    assert [[rows.start, columns.start, rows.stop, columns.stop] for rows, columns in map(body_box, hu)] == [
+        list(map(int, box)) for box in boxes
+    ]
+    unit = torch.from_numpy((boxed + 1024) / 1624)[:, None].float()
+    low, high = HU_RANGE
+    scaled = torch.from_numpy((np.clip(hu, low, high).astype(np.float32) - low) / (high - low) * 2 - 1)[:, None]
+    with torch.inference_mode():
+        original = theirs(unit)
+        assert torch.allclose(torch.log_softmax(network.segment(unit), 1), original, atol=1e-4)
+        found = network(scaled).argmax(1).numpy()
+    masks = [utils.reshape_mask(m, b, hu.shape[1:]) for m, b in zip(original.argmax(1).numpy(), boxes, strict=True)]
+    assert (found == np.array(masks)).mean() > 0.97, "but for the outline, which is not put back by nearest pixels"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_r231_takes_what_shows_no_body_and_cannot_be_traced() -> None:
+    rows, columns = body_box(np.full((64, 80), -1000.0, np.float32))
+    assert (rows, columns) == (slice(0, 64), slice(0, 80))
+    with pytest.raises(RuntimeError, match="a trace of it would be wrong"):
+        torch.jit.trace(UNetR231().eval(), torch.zeros(1, 1, 32, 32))
+
+
+def test_the_commands(own: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "node.yaml"
+    settings.write_text(f"data: {tmp_path / 'var'}\n")
+
+    def lines(*arguments: str, exit_code: int = 0) -> str:
+        result = RUNNER.invoke(app, ["models", *arguments, "-c", str(settings)], env={"COLUMNS": "200"})
+        assert result.exit_code == exit_code, result.output
+        return result.output
+
+    assert "models: {lungs: ours}" in lines("install", str(zipped(own)))
+    listed = {row["name"]: row for row in json.loads(lines("list", "--json"))}
+    assert {"lungs", "infection", "ours"} <= set(listed)
+    assert listed["ours"]["digest"].startswith("ok, ")
+    assert "Dice 0." in listed["infection"]["measured"]
+    assert "CC BY-NC-SA" in listed["lungs"]["licence"]
+    assert lines("verify", "ours").strip().endswith("digest ok, loads, runs")
+    with (tmp_path / "var" / "models" / "ours" / WEIGHTS).open("ab") as file:
+        file.write(b"x")
+    assert "wrong: " in lines("list")
+    assert "sha256" in lines("verify", "ours", exit_code=1)
+    assert "already" in lines("install", str(zipped(own)), exit_code=1)
+
+
+@pytest.mark.parametrize("name", ["lungs", "infection"])
+def test_the_shipped_models_run(name: str) -> None:
+    verify(load_bundle(name))
