@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cc3d
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from models.calibration import LesionCalibration
 from node.analysis.findings import LEFT, RIGHT, Lesion, Region, Side
 from node.analysis.volume import Volume
 
@@ -29,7 +30,11 @@ class Measurements:
 
 
 def measure(
-    volume: Volume, lungs: NDArray[np.uint8], probability: NDArray[np.floating], threshold: float
+    volume: Volume,
+    lungs: NDArray[np.uint8],
+    probability: NDArray[np.floating],
+    threshold: float,
+    calibration: LesionCalibration | None = None,
 ) -> Measurements:
     """Find lesions and measure them and the lungs.
 
@@ -46,6 +51,9 @@ def measure(
         Same shape: infection probability, 0 to 1.
     threshold
         From which probability a voxel is infected.
+    calibration
+        Says how probable a lesion is, and which are too improbable to be reported; without one it is the mean over
+        the lesion's voxels, and all are.
     """
     if not volume.hu.shape == lungs.shape == probability.shape:
         raise ValueError("volume, lungs and probability differ in shape")
@@ -57,7 +65,9 @@ def measure(
         infection = _reached(probability[box], threshold)
         infection &= lungs[box] > 0
         lesions[box] = _components(infection, MINIMUM_LESION_MM3 / (1000 * volume.voxel_ml))
-        lesion_list = _lesion_list(volume, lungs, probability, lesions, box)
+        lesion_list = _lesion_list(volume, lungs, probability, lesions, box, calibration)
+        if calibration is not None:
+            lesion_list = _without_improbable(lesion_list, lesions[box], calibration.floor)
         counts, sums = _count_and_sum(volume.hu[box], lungs[box], lesions[box])
     return Measurements(
         lesions=lesions,
@@ -129,6 +139,7 @@ def _lesion_list(
     probability: NDArray[np.floating],
     lesions: NDArray[np.int32],
     box: tuple[slice, slice, slice],
+    calibration: LesionCalibration | None,
 ) -> tuple[Lesion, ...]:
     """Measure each lesion; `box` holds them all."""
     where = np.nonzero(lesions[box] > 0)  # of booleans, which is several times quicker
@@ -139,6 +150,12 @@ def _lesion_list(
         return ()
     sizes = np.bincount(label, minlength=count + 1)
     probabilities = np.bincount(label, probability[index], minlength=count + 1) / np.maximum(sizes, 1)
+    if calibration is not None:
+        most = np.zeros(count + 1)
+        np.maximum.at(most, label, probability[index])
+        # Label 0 is no lesion, and has no volume.
+        volumes = np.maximum(sizes, 1) * volume.voxel_ml * 1000
+        probabilities = calibration.probability(probabilities, most, volumes)
     mean_hu = np.bincount(label, volume.hu[index], minlength=count + 1) / np.maximum(sizes, 1)
     in_left = np.bincount(label, lungs[index] == LEFT, minlength=count + 1)
     first, last = np.full((3, count + 1), np.iinfo(np.intp).max), np.full((3, count + 1), -1)
@@ -163,6 +180,18 @@ def _lesion_list(
         )
 
     return tuple(lesion(n) for n in range(1, count + 1))
+
+
+def _without_improbable(
+    lesion_list: tuple[Lesion, ...], lesions: NDArray[np.int32], floor: float
+) -> tuple[Lesion, ...]:
+    """Drop lesions below the floor from the list and, in place, from the label map, and number the rest anew."""
+    kept = [lesion for lesion in lesion_list if lesion.probability >= floor]
+    new_label = np.zeros(len(lesion_list) + 1, np.int32)
+    new_label[[lesion.label for lesion in kept]] = np.arange(1, len(kept) + 1)
+    if len(kept) < len(lesion_list):
+        lesions[:] = new_label[lesions]
+    return tuple(replace(lesion, label=int(new_label[lesion.label])) for lesion in kept)
 
 
 def _region(counts: NDArray[np.float64], sums: NDArray[np.float64], voxel_ml: float) -> Region:

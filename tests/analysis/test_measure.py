@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
+from models.calibration import LesionCalibration
 from node.analysis.findings import LEFT, RIGHT
 from node.analysis.measure import MINIMUM_LESION_MM3, measure
 from node.analysis.volume import SourceSlice, Volume
@@ -135,3 +136,31 @@ def test_agrees_with_plain_scipy(lungs, probability, hu, minimum, kind):
         assert region.infected_ml == pytest.approx((mask & infected).sum() * voxel_mm3 / 1000)
         for value, part in ((region.mean_hu, mask), (region.infected_mean_hu, mask & infected)):
             assert value == pytest.approx(hu[part].mean() if part.any() else math.nan, nan_ok=True)
+
+
+def test_a_calibration_replaces_the_mean_and_drops_what_is_improbable():
+    lungs = np.full((4, 6, 6), RIGHT, np.uint8)
+    probability = np.zeros(lungs.shape, np.float32)
+    probability[0:2, 0:3, 0:3] = 0.9  # 18 voxels
+    probability[3, 5, 5] = 0.95  # one voxel, more probable by its mean
+    probability[3, 0, 5] = 0.6
+    hu = np.full(lungs.shape, -700)
+    by_size = LesionCalibration(intercept=-10.0, mean=0.0, maximum=0.0, log_volume=1.5, floor=0.2)
+    found = measure(volume_of(hu), lungs, probability, 0.5, by_size)
+    (large,) = found.lesion_list
+    assert large.label == 1
+    assert large.volume_ml == pytest.approx(1.8)
+    assert large.probability == pytest.approx(1 / (1 + math.exp(10 - 1.5 * math.log(1800))))
+    assert set(np.unique(found.lesions)) == {0, 1}
+    assert (found.lesions == 1).sum() == 18
+    assert found.right.infected_ml == pytest.approx(1.8)
+
+    by_maximum = LesionCalibration(intercept=-20.0, mean=0.0, maximum=22.0, log_volume=0.0, floor=0.5)
+    found = measure(volume_of(hu), lungs, probability, 0.5, by_maximum)
+    only = found.lesion_list[0]
+    assert len(found.lesion_list) == 1
+    assert (only.label, only.box) == (1, (3, 4, 5, 6, 5, 6))
+    assert np.argwhere(found.lesions == 1).tolist() == [[3, 5, 5]]
+
+    kept = measure(volume_of(hu), lungs, probability, 0.5, LesionCalibration(0.0, 0.0, 0.0, 0.0))
+    assert [lesion.probability for lesion in kept.lesion_list] == [0.5] * 3
