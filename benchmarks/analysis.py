@@ -3,8 +3,8 @@
     python benchmarks/analysis.py [--runs N] [--ct DIR] [--json]
 
 Both do the same series by turns, each time in a process of its own; medians over the runs. lungmask (pip install
-lungmask) runs its whole pipeline: reading, the R231 network, its clean-up, back to the source grid. Weights do not change
-the time, so lungmask's are random here rather than downloaded, and its clean-up is given our mask.
+lungmask) runs its whole pipeline: reading, the R231 network, its clean-up, back to the source grid. Weights do not
+change the time, so lungmask's are random here rather than downloaded, and its clean-up is given our mask.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLSLossless,
@@ -20,6 +21,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from node.analysis import frames
 from node.analysis.volume import VolumeError, read_volume
 
 
@@ -316,3 +318,32 @@ def test_incomplete_enhanced_instances_are_refused(tmp_path, change, message):
         tmp_path, [(0.0, 0.0, z) for z in (6.0, 2.0, 4.0)], np.zeros((3, 2, 3), int), (0, 0, 0), change
     )
     assert message in refusal([path])
+
+
+def test_a_file_cut_off_within_its_pixels_is_refused(tmp_path):
+    paths = write_series(tmp_path, axial_positions(3))
+    paths[1].write_bytes(paths[1].read_bytes()[:-2])
+    uid = pydicom.dcmread(paths[1], stop_before_pixels=True).SOPInstanceUID
+    with pytest.raises(VolumeError, match=f"SOP instance {uid}: "):
+        read_volume(paths)
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("padding", [None, -2000, 63536])
+def test_pixels_as_they_lie_are_what_the_decoder_gives(tmp_path, monkeypatch, syntax, signed, padding):
+    stored = np.random.default_rng(0).integers(0, 1 << 12, (4, 5, 7)) - 2048 * signed
+
+    def change(dataset, _):
+        if padding is not None and signed == (padding < 0):
+            dataset.PixelPaddingValue = padding
+
+    paths = write_series(tmp_path, axial_positions(4), stored, signed=signed, change=change)
+    for path in paths:
+        dataset = pydicom.dcmread(path)
+        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.save_as(path, implicit_vr=syntax == ImplicitVRLittleEndian, little_endian=True)
+    quick = read_volume(paths).hu
+    assert frames.read_frames(paths[0])[0].words is not None
+    monkeypatch.setattr(frames, "_NATIVE", ())
+    assert np.array_equal(quick, read_volume(paths).hu)
