@@ -82,8 +82,8 @@ class Peer(_Section):
     """the peer's host name or address"""
     port: Port
     """the peer's DICOM port"""
-    may: tuple[Literal["send", "receive"], ...] = ("send", "receive")
-    """what the peer may do: 'send' series to us, 'receive' results from us"""
+    may: tuple[Literal["send", "receive", "count"], ...] = ("send", "receive")
+    """what the peer may do: 'send' series to us, 'receive' results from us, 'count' a series that it sent, by C-FIND"""
     stow: Stow | None = None
     """deliver by STOW-RS to this DICOMweb service instead of by C-STORE"""
     commitment: Literal["off", "on", "required"] = "off"
@@ -182,8 +182,8 @@ class Settings(_Section):
         """Folder of the models that this installation brought in."""
         return self.data / "models"
 
-    def peers_that_may(self, what: Literal["send", "receive"]) -> dict[str, Peer]:
-        """Peers by name that may `send` to us or `receive` from us."""
+    def peers_that_may(self, what: Literal["send", "receive", "count"]) -> dict[str, Peer]:
+        """Peers by name that may `send` to us, `receive` from us, or `count` what they sent."""
         return {name: peer for name, peer in self.peers.items() if what in peer.may}
 
     def profile(self, peer_name: str, kinds: Collection[str]) -> Profile:

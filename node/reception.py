@@ -13,6 +13,7 @@ from sqlalchemy import func, select
 
 from node.delivery import commitment, superseding
 from node.intake.assembly import Assembly, AssociationId, ClosedSeries
+from node.intake.counting import Counter
 from node.intake.listener import Listener, ListenerOptions
 from node.intake.spool import Spool
 from node.intake.triage import Verdict, triage
@@ -43,11 +44,13 @@ def intake(here: Node) -> Listener:
         raise OSError(f"another listener works on {here.settings.data}") from None
     _LOCKS.append(lock)
     spool = Spool(here.spool, me.disk_floor_mb << 20)
+    counting = {peer.ae_title: peer for peer in here.settings.peers_that_may("count").values()}
     assembly = Assembly(
         lambda closed: series_closed(here, closed),
         me.quiet_period_s,
         recall=lambda study, series: ((one.header, one.path) for one in spool.series(study, series)),
         lacking=here.ledger.lacks,
+        count=Counter(counting, me.ae_title).ask if counting else None,
     )
     _take_up(here, spool, assembly)
     senders = {peer.ae_title for peer in here.settings.peers_that_may("send").values()}

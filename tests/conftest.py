@@ -162,6 +162,7 @@ def running_orthanc(folder: Path, **more: Any) -> Iterator[Orthanc]:
         "DicomPort": port,
         "DicomAlwaysAllowStore": True,
         "DicomAlwaysAllowEcho": True,
+        "DicomAlwaysAllowFind": True,
         "UnknownSopClassAccepted": True,
         "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
         **more,

@@ -41,6 +41,9 @@ Ending = Literal["released", "idle", "aborted"]
 #: Series whose refused instances are remembered after they were closed; beyond it the oldest are forgotten.
 _REMEMBERED = 1000
 
+#: Seconds that an answer to how many instances there are is waited for.
+ANSWER_S = 10.0
+
 #: Seconds until a series is offered again when `on_closed` failed.
 RETRY_S = 5.0
 
@@ -90,6 +93,9 @@ class Assembly:
     lacking
         (study UID, series UID) → whether the series was last closed as incomplete. Then also an instance that is here
         already opens it: its sender may be sending again what broke off, and this time come to the end.
+    count
+        (calling AE title, study UID, series UID, tell) → whether the sender is being asked how many instances the
+        series has; `tell` then gets the number, or None, from any thread.
     clock
         Monotonic seconds.
     """
@@ -101,6 +107,7 @@ class Assembly:
         *,
         recall: Callable[[str, str], Iterable[tuple[InstanceHeader, Path]]] | None = None,
         lacking: Callable[[str, str], bool] | None = None,
+        count: Callable[[str, str, str, Callable[[int | None], None]], bool] | None = None,
         grace_s: float = GRACE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -110,6 +117,7 @@ class Assembly:
         self._one_association_grace_s = min(self._grace_s, ONE_ASSOCIATION_GRACE_S)
         self._recall = recall or (lambda _study, _series: ())
         self._closed_lacking = lacking or (lambda _study, _series: False)
+        self._count = count or (lambda _ae, _study, _series, _tell: False)
         self._clock = clock
         self._open: dict[_Key, _OpenSeries] = {}
         #: The series that each association sent last: it may be in the midst of it.
@@ -137,6 +145,7 @@ class Assembly:
                 if stored.outcome != "new" and not self._closed_lacking(*key):
                     return
                 series = self._begin(key, header)
+                series.sender = association  # the spool, which recalls it, holds this instance too
             if header.sop_instance_uid not in series.instances:
                 series.instances[header.sop_instance_uid] = (header, stored.path)
                 series.sender = association
@@ -165,6 +174,7 @@ class Assembly:
             for series in self._open.values():
                 if association in series.associations:
                     series.end(association, ending, self._clock())
+                    self._ask(series)
 
     def restore(
         self, association: AssociationId, instances: Iterable[tuple[InstanceHeader, Path]], *, closed: bool = False
@@ -218,7 +228,7 @@ class Assembly:
             if not series.associations and now - series.last >= self._quiet_s:
                 del self._open[series.key]
             return False
-        if now < series.retry_at:
+        if now < max(series.retry_at, series.asking_until):
             return False
         if now - series.last >= self._quiet_s:
             if any(self._sending.get(association) == series.key for association in series.associations):
@@ -235,6 +245,20 @@ class Assembly:
             return False
         series.verdict = series.judge("the association ended")
         return series.verdict[0]
+
+    def _ask(self, series: _OpenSeries) -> None:
+        """Ask its sender how many instances it has."""
+        series.asked += 1
+        question = series.asked
+
+        def tell(count: int | None) -> None:
+            with self._lock:
+                if question == series.asked:
+                    series.counted, series.asking_until = count, 0.0
+                    series.examined = False
+
+        if self._count(series.sender.calling_ae, *series.key, tell):
+            series.asking_until = self._clock() + ANSWER_S
 
     def _grace(self, series: _OpenSeries) -> float:
         """Seconds that the end of an association leaves for the next to begin."""
@@ -300,6 +324,11 @@ class _OpenSeries:
     #: Whether it was found wanting since something last happened to it.
     examined: bool = False
     retry_at: float = 0.0
+    #: How many instances its sender has, as it said; None while it has not.
+    counted: int | None = None
+    #: Questions asked so far, and until when the answer to the last is waited for.
+    asked: int = 0
+    asking_until: float = 0.0
     verdict: tuple[bool, str] = (False, "")
 
     @property
@@ -338,7 +367,9 @@ class _OpenSeries:
             missing.append(doubt)
         if self.refused:
             missing.append(f"{len(self.refused)} instances were refused and not sent again")
-        if self.broken and not count_reached(self.headers):
+        if self.counted is not None and self.counted > len(self.instances):
+            missing.append(f"its sender has {self.counted} instances of it, {len(self.instances)} came")
+        if self.broken and not count_reached(self.headers) and self.counted != len(self.instances):
             missing.append(f"{self.broken}, so its end may be missing")
         if missing:
             return False, f"incomplete: {'; '.join(missing)}; {ended}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 from made_instances import STUDY, header
 
-from node.intake.assembly import ONE_ASSOCIATION_GRACE_S, RETRY_S, Assembly, AssociationId, ClosedSeries, Ending
+from node.intake.assembly import (
+    ANSWER_S,
+    ONE_ASSOCIATION_GRACE_S,
+    RETRY_S,
+    Assembly,
+    AssociationId,
+    ClosedSeries,
+    Ending,
+)
 from node.intake.header import InstanceHeader
 from node.intake.spool import Stored
 from node.intake.tiling import GAP_STEPS
@@ -134,6 +143,43 @@ def test_the_sender_s_own_count_needs_no_grace_and_mends_an_abort(rig: Rig) -> N
     assert rig.reasons() == [(10, True, f"{TILES}, and the association ended")] * 2
 
 
+def test_the_archive_s_count_is_a_witness(rig: Rig) -> None:
+    asked = []
+
+    def count(ae: str, study: str, series: str, tell: Callable[[int | None], None]) -> bool:
+        asked.append(tell)
+        assert (ae, study, series) == ("CT1", STUDY, CHEST)
+        return True
+
+    rig.assembly = Assembly(rig.take, QUIET, count=count, recall=rig.recall, grace_s=GRACE, clock=lambda: rig.now)
+    rig.send_all(range(8))
+    rig.wait(GRACE)
+    assert rig.closed == []  # the answer is awaited
+    asked[0](10)
+    rig.wait(GRACE)
+    assert rig.closed == []
+    rig.send_all([8])
+    asked[0](3)  # too late to matter
+    rig.wait(QUIET)
+    short = "incomplete: its sender has 10 instances of it, 9 came; no instance came for 30 s"
+    asked[1](10)
+    rig.wait(0)
+    assert rig.reasons() == [(9, False, short)]
+    rig.send_all([9], "aborted")
+    asked[2](10)
+    rig.wait(QUIET)
+    assert rig.reasons()[1:] == [(10, True, f"{TILES}, and no instance came for 30 s")]
+
+
+def test_an_archive_that_does_not_answer_is_not_waited_for_long(rig: Rig) -> None:
+    rig.assembly = Assembly(rig.take, QUIET, count=lambda *_: True, grace_s=GRACE, clock=lambda: rig.now)
+    rig.send_all(range(10))
+    rig.wait(ANSWER_S - 1)
+    assert rig.closed == []
+    rig.wait(1)
+    assert rig.reasons() == [(10, True, f"{TILES}, and the association ended")]
+
+
 def test_a_gap_waits_and_is_never_whole(rig: Rig) -> None:
     rig.send_all([0, 1, 2, 3, 5, 6, 7])
     rig.wait(QUIET - 1)
@@ -146,6 +192,7 @@ def test_a_gap_waits_and_is_never_whole(rig: Rig) -> None:
     assert rig.reasons()[1:] == [
         (8, True, "slices tile space from z=0.0 to z=7.0 every 1.0 mm, and no instance came for 30 s")
     ]
+    assert rig.closed[1].calling_ae == "CT1"
 
 
 def test_every_other_slice_lies_evenly_but_is_not_whole(rig: Rig) -> None:

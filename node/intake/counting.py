@@ -1,0 +1,89 @@
+"""How many instances a series has, as the archive that sent it counts them: a C-FIND (PS3.4 C.6.2, Study Root).
+
+The count is asked when an association ends, in a thread, and is one more witness of whether all has come. It cannot
+prove that nothing more will: an archive may itself still be receiving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+from pydicom import Dataset
+from pynetdicom import AE
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made at import
+    StudyRootQueryRetrieveInformationModelFind,
+)
+
+from node.config import Peer
+from node.telemetry.logs import plainly
+
+log = structlog.stdlib.get_logger(__name__)
+
+#: Seconds for the connection, the association and the answer each.
+TIMEOUT_S = 3.0
+
+#: Questions under way at a time; an archive that does not answer holds up other questions and nothing else.
+AT_ONCE = 4
+
+#: C-FIND statuses: a match follows (PS3.4 C.4.1.1.4).
+_PENDING = (0xFF00, 0xFF01)
+
+
+class Counter:
+    """Asks peers for their counts.
+
+    Parameters
+    ----------
+    peers
+        Who may be asked, by AE title.
+    ae_title
+        Our own.
+    """
+
+    def __init__(self, peers: Mapping[str, Peer], ae_title: str) -> None:
+        self._peers = peers
+        self._ae_title = ae_title
+        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="count")
+
+    def ask(self, calling_ae: str, study_uid: str, series_uid: str, tell: Callable[[int | None], None]) -> bool:
+        """Begin to ask the sender of a series; `tell` gets the count, or None. False where it may not be asked."""
+        peer = self._peers.get(calling_ae)
+        if peer is None:
+            return False
+
+        def work() -> None:
+            count = None
+            try:
+                count = count_instances(peer, self._ae_title, study_uid, series_uid)
+            except Exception as error:
+                log.warning("count not asked", calling_ae=calling_ae, error=plainly(error))
+            tell(count)
+
+        self._threads.submit(work)
+        return True
+
+
+def count_instances(peer: Peer, ae_title: str, study_uid: str, series_uid: str) -> int | None:
+    """Number of Series Related Instances (0020,1209) as the peer has it; None when it does not say."""
+    ae = AE(ae_title)
+    ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = TIMEOUT_S
+    ae.add_requested_context(StudyRootQueryRetrieveInformationModelFind)
+    association = ae.associate(peer.host, peer.port, ae_title=peer.ae_title)
+    count = None
+    if association.is_established:
+        query = Dataset()
+        query.QueryRetrieveLevel = "SERIES"
+        query.StudyInstanceUID, query.SeriesInstanceUID = study_uid, series_uid
+        query.NumberOfSeriesRelatedInstances = ""
+        for status, found in association.send_c_find(query, StudyRootQueryRetrieveInformationModelFind):
+            if status.get("Status") in _PENDING and found is not None and found.get("SeriesInstanceUID") == series_uid:
+                count = int(found.get("NumberOfSeriesRelatedInstances") or 0) or None
+        association.release()
+    if count is None:
+        mend = (
+            f"check with `lungnode echo`, and that it answers C-FIND; or take 'count' out of what {peer.ae_title} may"
+        )
+        log.warning("the peer tells no count of a series", peer=peer.ae_title, mend=mend)
+    return count
