@@ -42,6 +42,13 @@ _HOLE_MM2 = 150.0
 _GAS_MM2 = 900.0
 _GAS_HU = -935.0
 
+#: The lumen of trachea or a main bronchus in an axial slice: gas, of such an area, mm²; and of the ring about it so
+#: much is denser than aerated lung, HU: smaller bronchi, and bullae, lie in lung.
+_LUMEN_HU = -900.0
+_LUMEN_MM2 = (30.0, 900.0)
+_WALL_HU = -600.0
+_WALL_SHARE = 0.75
+
 #: The infection network sees the lungs' box and so much around it, mm.
 _MARGIN_MM = 15.0
 
@@ -259,16 +266,40 @@ def _clean_lungs(
         return fields
     right, left = (side[box] for side in chances)
     label = np.where(right >= left, np.uint8(RIGHT), np.uint8(LEFT)) * found[box]
+    airways = _airways(label, image[box], spacing)
+    label[airways] = 0
     sides = _largest_each(_without_gas(label, image[box], spacing))
     any_lung = any_lung[box]
     for index, side in enumerate((RIGHT, LEFT)):
-        mask = _fill(sides == side, spacing)
+        mask = _fill(sides == side, spacing) & ~airways
         rim = _dilated(mask) & ~mask
         inside = fields[index][box]
         # Inside, at least a clear yes; on the rim, what the network thought; so that the outline stays smooth.
         inside[mask] = any_lung[mask].clip(min=0.55)
         inside[rim] = any_lung[rim].clip(max=0.45)
     return fields
+
+
+def _airways(
+    label: NDArray[np.uint8], hu: NDArray[np.float32], spacing: tuple[float, float, float]
+) -> NDArray[np.bool_]:
+    """Trachea and main bronchi, with their walls, as far as the label reaches into them."""
+    airways = np.zeros(label.shape, bool)
+    pixel_mm2 = spacing[1] * spacing[2]
+    for plane, values, lung in zip(airways, hu, label, strict=True):
+        lumens = cc3d.connected_components(values < _LUMEN_HU, connectivity=4)
+        found = cc3d.statistics(lumens)
+        areas = found["voxel_counts"] * pixel_mm2
+        for lumen in 1 + np.flatnonzero((areas[1:] >= _LUMEN_MM2[0]) & (areas[1:] <= _LUMEN_MM2[1])):
+            box = tuple(slice(max(0, side.start - 4), side.stop + 4) for side in found["bounding_boxes"][lumen])
+            inside = lumens[box] == lumen
+            if not lung[box][inside].any():
+                continue
+            wall = ndimage.binary_dilation(inside, iterations=2)
+            ring = ndimage.binary_dilation(wall) & ~ndimage.binary_dilation(inside)
+            if (values[box][ring] > _WALL_HU).mean() > _WALL_SHARE:
+                plane[box] |= wall
+    return airways
 
 
 def _without_gas(

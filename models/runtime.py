@@ -77,7 +77,7 @@ def open_runtime(bundle: Bundle, device: str | None = None) -> Runtime:
 
 
 class OpenVinoRuntime:
-    """OpenVINO on all cores, in bfloat16 where the CPU multiplies it.
+    """OpenVINO on all cores, in bfloat16 where the CPU multiplies it and the network bears it.
 
     One slab to a core gives the most slabs a second, and a result that does not depend on the number of cores.
     """
@@ -93,7 +93,7 @@ class OpenVinoRuntime:
         self._core = openvino.Core()
         self._model = self._core.read_model(xml, weights)
         half = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        self._precision = "bf16" if half else "f32"
+        self._precision = "bf16" if half and _bears_bfloat16(bundle) else "f32"
         self._compiled: dict[tuple[int, ...], Any] = {}
 
     @property
@@ -159,7 +159,7 @@ class TorchRuntime:
             self._type: Any = torch.float16
         else:
             torch.set_num_threads(cores())
-            self._type = torch.bfloat16 if _multiplies_bfloat16() else None
+            self._type = torch.bfloat16 if _bears_bfloat16(bundle) and _multiplies_bfloat16() else None
 
     @property
     def description(self) -> str:
@@ -242,6 +242,11 @@ def _verified(file: Path, expected: str) -> bytes:
     if found != expected:
         raise BundleError(f"{file}: sha256 is {found}, metadata.json says {expected}; restore it from the release")
     return content
+
+
+def _bears_bfloat16(bundle: Bundle) -> bool:
+    """Whether a network keeps its Dice in bfloat16: its publisher measures that, `bfloat16` in the metadata."""
+    return bool(bundle.metadata.get("bfloat16", True))
 
 
 def _has_card() -> bool:

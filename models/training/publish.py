@@ -209,6 +209,7 @@ def _metadata(task: Task, plan: Plan, version: str, digest: str) -> dict[str, An
         "pixel_mm": datasets.PIXEL_MM,
         "stride": stride,
         "context": context,
+        "bfloat16": plan.bfloat16,
         "network_data_format": {
             "inputs": {
                 "image": {
