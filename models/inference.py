@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from models.calibration import LesionCalibration
 from models.registry import Bundle, BundleError, ModelIdentity
 from models.resample import restore, shrink
 from models.runtime import open_runtime
@@ -81,6 +82,8 @@ class Segmentation:
     probability: NDArray[np.float16]
     threshold: float
     timings: dict[str, float] = field(default_factory=dict)
+    #: From voxels to a lesion's probability, of the infection model's metadata.
+    calibration: LesionCalibration | None = None
 
 
 class Segmenter:
@@ -103,6 +106,7 @@ class Segmenter:
         self._lungs, self._infection = _Network(lungs, device), _Network(infection, device)
         self._minimum_lesion_mm3 = float(infection.metadata["minimum_lesion_mm3"])
         self._threshold = float(infection.metadata["threshold"])
+        self._calibration = _calibration(infection)
 
     @property
     def identities(self) -> tuple[ModelIdentity, ...]:
@@ -146,7 +150,7 @@ class Segmenter:
             chance = self._infection_chance(grids[self._infection.pixel_mm], sides, tell)
         with _lap("restore", timings):
             lungs, probability = restore(sides, chance, hu.shape, slab)
-        return Segmentation(lungs, probability, self._threshold, timings)
+        return Segmentation(lungs, probability, self._threshold, timings, self._calibration)
 
     def _lung_chances(self, grid: _Grid, tell: Progress) -> NDArray[np.float32]:
         """Probabilities [2, z, y, x] of right and left lung."""
@@ -190,6 +194,13 @@ class _Grid:
         height, width = (max(1, round(n * s / pixel_mm)) for n, s in zip(hu.shape[1:], spacing[1:], strict=True))
         pixel = hu.shape[1] * spacing[1] / height, hu.shape[2] * spacing[2] / width
         return cls(shrink(hu, slab, (height, width)), (spacing[0] * slab, *pixel))
+
+
+def _calibration(infection: Bundle) -> LesionCalibration | None:
+    try:
+        return LesionCalibration.of(infection.metadata)
+    except ValueError as error:
+        raise BundleError(f"{infection.path / 'configs' / 'metadata.json'}: {error}") from None
 
 
 class _Network:

@@ -70,7 +70,7 @@ def analyse(paths: Sequence[Path], segmenter: Segmenter, progress: Progress | No
     with _stage("measure", timings, tell):
         lungs = np.ascontiguousarray(orientation.source(segmentation.lungs))
         probability = orientation.source(segmentation.probability)
-        measured = measure(volume, lungs, probability, segmentation.threshold)
+        measured = measure(volume, lungs, probability, segmentation.threshold, segmentation.calibration)
     with _stage("judge", timings, tell):
         scan = state(
             segmentation.lungs,

@@ -83,6 +83,7 @@ class Segmented:
     probability: NDArray[np.float32]
     threshold: float = 0.5
     timings: dict[str, float] = field(default_factory=lambda: {"lungs": 0.25})
+    calibration: None = None
 
 
 X, Y, Z = np.eye(3)
