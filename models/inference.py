@@ -8,7 +8,7 @@ more than one of 2.5 mm; probabilities are interpolated back. The result depends
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -164,7 +164,8 @@ class Segmenter:
         """Probability [z, y, x] of infection, 0 outside the lungs."""
         chance = np.zeros(grid.image.shape, np.float32)
         lungs = _at_nearest(sides.max(0), grid.image.shape)
-        box = _box(lungs > 0.5, grid.spacing)
+        margins = (0, *(round(_MARGIN_MM / mm) for mm in grid.spacing[1:]))
+        box = _box(lungs > 0.5, margins)
         if box is None:
             tell("infection", 1.0)
             return chance
@@ -272,7 +273,7 @@ def _clean_lungs(
     fields = np.zeros_like(chances)
     any_lung = chances.sum(0)
     found = any_lung > 0.5
-    box = _box(found, spacing)
+    box = _box(found, (1, 1, 1))
     if box is None:
         return fields
     right, left = (side[box] for side in chances)
@@ -282,12 +283,15 @@ def _clean_lungs(
     sides = _largest_each(_without_gas(label, image[box], spacing))
     any_lung = any_lung[box]
     for index, side in enumerate((RIGHT, LEFT)):
-        mask = _fill(sides == side, spacing) & ~airways
+        of_side = sides == side
+        if (part := _box(of_side, (1, 1, 1))) is None:
+            continue
+        mask = _fill(of_side[part], spacing) & ~airways[part]
         rim = _dilated(mask) & ~mask
-        inside = fields[index][box]
+        inside, thought = fields[index][box][part], any_lung[part]
         # Inside, at least a clear yes; on the rim, what the network thought; so that the outline stays smooth.
-        inside[mask] = any_lung[mask].clip(min=0.55)
-        inside[rim] = any_lung[rim].clip(max=0.45)
+        inside[mask] = thought[mask].clip(min=0.55)
+        inside[rim] = thought[rim].clip(max=0.45)
     return fields
 
 
@@ -383,14 +387,13 @@ def _dilated(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return dilated
 
 
-def _box(mask: NDArray[np.bool_], spacing: tuple[float, float, float]) -> tuple[slice, slice, slice] | None:
-    """Box about the mask with the margin in its slices, or None."""
+def _box(mask: NDArray[np.bool_], margins: Sequence[int]) -> tuple[slice, slice, slice] | None:
+    """Box about the mask with margins in voxels, within the array, or None."""
     planes = np.flatnonzero([plane.any() for plane in mask])
     if not len(planes):
         return None
     flat: NDArray[np.bool_] = np.any(mask[planes], axis=0)
     found = planes, np.flatnonzero(flat.any(1)), np.flatnonzero(flat.any(0))
-    margins = (0, round(_MARGIN_MM / spacing[1]), round(_MARGIN_MM / spacing[2]))
     z, y, x = (
         slice(max(0, int(f[0]) - m), min(n, int(f[-1]) + 1 + m))
         for f, m, n in zip(found, margins, mask.shape, strict=True)
