@@ -65,6 +65,9 @@ BACKOFF: dict[Work, tuple[float, float, float]] = {
 }
 MAX_BACKOFF_S = 3600.0
 
+#: Seconds to wait for another process to end its transaction.
+BUSY_S = 30.0
+
 #: Seconds after which the sweep rings again for work that nobody has taken.
 RING_AGAIN_S = 30.0
 
@@ -610,7 +613,7 @@ def _engine(url: str) -> Engine:
         # The driver must not open transactions by itself: BEGIN IMMEDIATE below does, so that two writers wait for one
         # another instead of failing half-way through.
         connection.isolation_level = None
-        for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL", "busy_timeout=30000"):
+        for pragma in (f"busy_timeout={BUSY_S * 1000:.0f}", "journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -125,12 +126,12 @@ def answering_association(
     entity.connection_timeout = CONNECT_S
     entity.acse_timeout = entity.dimse_timeout = TIMEOUT_S
     entity.network_timeout = 2 * TIMEOUT_S
-    reached = threading.Event()
+    connections: list[socket.socket] = []
 
     def opened(event: Any) -> None:
         # pynetdicom leaves the connection without a timeout, and a peer that stands still would hold us for ever.
-        event.assoc.dul.socket.socket.settimeout(TIMEOUT_S)
-        reached.set()
+        connections.append(event.assoc.dul.socket.socket)
+        connections[0].settimeout(TIMEOUT_S)
 
     try:
         made = entity.associate(
@@ -143,13 +144,17 @@ def answering_association(
         )
     except OSError:
         raise PeerError(f"the host name {peer.host} cannot be resolved", permanent=False, reached=False) from None
-    if not made.is_established:
-        raise _no_association(made, peer, reached.is_set())
     try:
+        if not made.is_established:
+            raise _no_association(made, peer, bool(connections))
         yield made
     finally:
         if made.is_established:
             made.release()
+        with suppress(RuntimeError):  # its thread never started
+            made.dul.join(CONNECT_S)
+        for connection in connections:  # pynetdicom shuts it down, and leaves the closing to chance
+            connection.close()
 
 
 def contexts_for(objects: Iterable[Outgoing]) -> list[PresentationContext]:

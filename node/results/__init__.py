@@ -229,11 +229,17 @@ def _write(
     findings: Findings | None = None,
 ) -> ResultObject:
     """Write a file that is either whole or not there under its name, and has passed the check or is called stopped."""
-    part = directory / f".{name}.dcm.{os.getpid()}.part"
-    with part.open("wb") as file:
-        pydicom.dcmwrite(file, dataset, enforce_file_format=True)
-        file.flush()
-        os.fsync(file.fileno())
+    # The name is the same at each attempt, and one process at a time makes the objects of an analysis: what one that was
+    # killed left behind is overwritten.
+    part = directory / f".{name}.dcm.part"
+    try:
+        with part.open("wb") as file:
+            pydicom.dcmwrite(file, dataset, enforce_file_format=True)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     if isinstance(frames := dataset.get("PixelData"), io.IOBase):
         frames.close()
     problems = check.problems(part, kind, analysis, volume, findings)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bad_pacs import BadPacs, bad_pacs
 from conftest import free_port, running_orthanc, wait_for
 from owed import outbox, owe, states
+from pacs import BadPacs, bad_pacs
 from pydicom import Dataset
 from pydicom.uid import CTImageStorage, SegmentationStorage
 from sqlalchemy import select, update

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from bad_pacs import BadPacs, bad_pacs
 from conftest import free_port, wait_for
 from owed import outbox, owe, states
+from pacs import BadPacs, bad_pacs
 from pydicom.uid import Comprehensive3DSRStorage, CTImageStorage, SegmentationStorage
 from sqlalchemy import select, update
 

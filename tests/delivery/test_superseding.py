@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_pacs import CLASSES, bad_pacs
 from conftest import Orthanc, tool
+from pacs import CLASSES, bad_pacs
 from pydicom import dcmread
 from pydicom.uid import KeyObjectSelectionDocumentStorage, MultiFrameTrueColorSecondaryCaptureImageStorage
 from test_journey import run

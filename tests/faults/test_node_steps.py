@@ -1,0 +1,265 @@
+"""Death at each named step of the work, a full disk, a ledger that cannot be written: in the end all is done, once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pacs import BadPacs, bad_pacs
+from pydicom.uid import (
+    BasicTextSRStorage,
+    MultiFrameTrueColorSecondaryCaptureImageStorage,
+    SecondaryCaptureImageStorage,
+)
+from whole_node import chest
+
+from node import ledger as ledger_module
+from node import reception, results, tasks
+from node.config import Settings
+from node.delivery.peer import ByAssociation
+from node.ledger import Lease
+from node.offline import closed_folder
+from node.phantom import write_series
+from node.status import all_series, deliveries, state
+from node.tasks import Node
+
+pytestmark = [
+    pytest.mark.usefixtures("short_waits"),
+    pytest.mark.filterwarnings("ignore:Exception ignored in.*socket:pytest.PytestUnraisableExceptionWarning"),
+]
+
+CLASSES = (BasicTextSRStorage, MultiFrameTrueColorSecondaryCaptureImageStorage, SecondaryCaptureImageStorage)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
+    return make_node(tmp_path / "var", monkeypatch)
+
+
+def make_node(data: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
+    """A node whose series has a gap, so that it is told about and needs no network."""
+    monkeypatch.setattr(ledger_module, "LEASE_S", 0.6)
+    monkeypatch.setattr(ledger_module, "BUSY_S", 0.2)
+    peers = {"pacs": {"ae_title": "BAD", "host": "127.0.0.1", "port": 104}}
+    route = {"name": "chest", "to": {"pacs": ["sr", "capture"]}}
+    here = Node.open(Settings.model_validate({"data": data, "peers": peers, "routes": [route]}))
+    monkeypatch.setattr(tasks, "node", lambda: here)
+    for module in (tasks, reception):
+        monkeypatch.setattr(module, "ring", lambda *_: None)
+    return here
+
+
+def receive(here: Node) -> None:
+    folder = here.spool / "1.2" / "1.3"
+    paths = write_series(chest(), folder, 3)
+    paths[20].unlink()
+    (closed,) = closed_folder(folder)
+    reception.series_closed(here, closed)
+
+
+def work_on(here: Node, pacs: BadPacs, seconds: float = 30) -> None:
+    """Do what a sweep would ring for, until nothing is owed."""
+    settings = here.settings.model_copy(update={"peers": {"pacs": pacs.peer()}})
+    object.__setattr__(here, "settings", settings)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with suppress(Exception):
+            for row in here.ledger.analyses_owed():
+                tasks.analyse(row)
+            for peer in here.ledger.peers_owed():
+                tasks.deliver(peer)
+            if state(all_series(here.ledger)[0]) == "not analysed":
+                return
+        time.sleep(0.05)
+    pytest.fail(f"still owed after {seconds} s: {[state(one) for one in all_series(here.ledger)]}")
+
+
+def prove(here: Node, pacs: BadPacs) -> None:
+    (series,) = all_series(here.ledger)
+    made = [one.sop_instance_uid for analysis in series.analyses for one in analysis.objects]
+    assert sorted(set(pacs.stored)) == sorted(made)
+    assert len(made) == 2
+    assert {one.state for one in deliveries(series)} == {"done"}
+    assert list(here.results.rglob(".*")) == []
+    assert sorted(path.name for path in here.results.rglob("*.dcm")) == ["capture.dcm", "sr.dcm"]
+
+
+def die(*_: Any, **__: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def then_die(function: Callable[..., Any]) -> Callable[..., Any]:
+    def after(*arguments: Any, **named: Any) -> Any:
+        function(*arguments, **named)
+        die()
+
+    return after
+
+
+@contextmanager
+def finish_then_die(lease: Lease, *arguments: Any) -> Iterator[Any]:
+    with FINISH(lease, *arguments) as session:
+        yield session
+    die()
+
+
+FINISH = Lease.finish
+
+#: Step → what dies there, and how.
+ANALYSIS_STEPS = {
+    "taken": (tasks, "_begin", die),
+    "begun": (tasks, "_begin", then_die(tasks._begin)),
+    "one object written": (results, "_write", then_die(results._write)),
+    "all objects written": (Lease, "finish", die),
+    "in the midst of the record": (tasks, "_rejection_notes", die),
+    "recorded, bell not rung": (Lease, "finish", finish_then_die),
+}
+DELIVERY_STEPS = {
+    "taken": (ByAssociation, "send", die),
+    "sent, not recorded": (ByAssociation, "send", then_die(ByAssociation.send)),
+    "in the midst of the record": (Lease, "finish", die),
+    "recorded": (Lease, "finish", finish_then_die),
+}
+
+
+def run_and_die(step: tuple[Any, str, Any], work: Callable[[], None]) -> None:
+    """Do the work in a process that kills itself at a step."""
+    child = os.fork()
+    if child == 0:
+        owner, name, replacement = step
+        setattr(owner, name, replacement)
+        with suppress(BaseException):
+            work()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("step", ANALYSIS_STEPS)
+def test_analysis_that_dies_at_a_step_is_done_once(here: Node, step: str) -> None:
+    receive(here)
+    run_and_die(ANALYSIS_STEPS[step], lambda: tasks.analyse(1))
+    with bad_pacs(classes=CLASSES) as pacs:
+        work_on(here, pacs)
+        prove(here, pacs)
+
+
+@pytest.mark.parametrize("step", DELIVERY_STEPS)
+def test_delivery_that_dies_at_a_step_leaves_one_object_each(here: Node, step: str) -> None:
+    receive(here)
+    tasks.analyse(1)
+    serving = subprocess_pacs(here)
+    with serving as pacs:
+        run_and_die(DELIVERY_STEPS[step], lambda: tasks.deliver("pacs"))
+        work_on(here, pacs)
+        prove(here, pacs)
+
+
+@contextmanager
+def subprocess_pacs(here: Node) -> Iterator[BadPacs]:
+    """A peer, entered in the settings before anything forks."""
+    with bad_pacs(classes=CLASSES) as pacs:
+        object.__setattr__(here, "settings", here.settings.model_copy(update={"peers": {"pacs": pacs.peer()}}))
+        yield pacs
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "lungnode", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here; run as root, with CAP_SYS_ADMIN")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(folder: Path, leave: int) -> Path:
+    """Take all space but `leave` bytes."""
+    ballast = folder / "ballast"
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    ballast.write_bytes(bytes(max(0, free - leave)))
+    return ballast
+
+
+@pytest.mark.parametrize("leave", [0, 100_000, 200_000])
+def test_full_disk_keeps_the_work_and_leaves_no_halves(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, leave: int
+) -> None:
+    """With ever more room it fails at the ledger's first row, at the objects, or at the record of them."""
+    here = make_node(small_disk / "var", monkeypatch)
+    receive(here)
+    ballast = fill(small_disk, leave)
+    for _ in range(2):
+        with suppress(Exception):
+            tasks.analyse(1)
+        time.sleep(0.7)
+    ballast.unlink()
+    with bad_pacs(classes=CLASSES) as pacs:
+        work_on(here, pacs)
+        prove(here, pacs)
+
+
+def test_ledger_on_a_file_system_that_turned_read_only_goes_on_when_it_is_back(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = make_node(small_disk / "var", monkeypatch)
+    receive(here)
+    here.ledger.engine.dispose()
+    remount = ["mount", "-o", "remount,{}", small_disk]
+    done = subprocess.run([str(word).format("ro") for word in remount], capture_output=True)
+    if done.returncode:
+        pytest.skip("the file system cannot be made read-only here")
+    with suppress(Exception):
+        tasks.analyse(1)
+    subprocess.run([str(word).format("rw") for word in remount], check=True)
+    with bad_pacs(classes=CLASSES) as pacs:
+        work_on(here, pacs)
+        prove(here, pacs)
+
+
+def test_ledger_locked_by_another_program_is_waited_for(here: Node) -> None:
+    receive(here)
+    other = sqlite3.connect(here.settings.data / tasks.LEDGER, check_same_thread=False, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with suppress(Exception):
+        tasks.analyse(1)
+    timer = threading.Timer(1.5, other.execute, ("ROLLBACK",))
+    timer.start()
+    with bad_pacs(classes=CLASSES) as pacs:
+        work_on(here, pacs)
+        prove(here, pacs)
+    timer.join()
+    other.close()
+
+
+def test_ledger_locked_in_the_midst_of_an_analysis_doubles_nothing(here: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    receive(here)
+    other = sqlite3.connect(here.settings.data / tasks.LEDGER, check_same_thread=False, isolation_level=None)
+    made: list[str] = []
+    write = results._write
+
+    def lock(*arguments: Any) -> Any:
+        if not made:
+            other.execute("BEGIN EXCLUSIVE")
+        made.append(arguments[0])
+        return write(*arguments)
+
+    monkeypatch.setattr(results, "_write", lock)
+    with suppress(Exception):
+        tasks.analyse(1)
+    other.execute("ROLLBACK")
+    with bad_pacs(classes=CLASSES) as pacs:
+        work_on(here, pacs)
+        prove(here, pacs)
+    assert made[:2] == ["sr", "capture"]
+    other.close()
