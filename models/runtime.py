@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,10 @@ _BATCH = {"cpu": 8, "cuda": 32}
 _SHAPES = 8
 
 _HALF = ("amx_bf16", "avx512_bf16")
+
+
+class CardMemoryError(MemoryError):
+    """A card has too little memory; a CPU may do."""
 
 
 class Runtime(Protocol):
@@ -153,8 +158,11 @@ class TorchRuntime:
         self._torch = torch
         self._device = torch.device(device)
         # channels-last feeds tensor cores and oneDNN without copies.
-        module: Any = bundle.load(self._device)
-        self._module = module.to(memory_format=torch.channels_last)
+        try:
+            module: Any = bundle.load(self._device)
+            self._module = module.to(memory_format=torch.channels_last)
+        except torch.OutOfMemoryError:
+            raise CardMemoryError(f"{device} has too little memory for the network") from None
         if self._device.type == "cuda":
             self._type: Any = torch.float16
         else:
@@ -167,17 +175,30 @@ class TorchRuntime:
         return f"torch {str(self._type or self._torch.float32).removeprefix('torch.')} on {self._device}"
 
     def run(self, slabs: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
-        """See `Runtime.run`."""
-        torch, kind = self._torch, self._device.type
+        """See `Runtime.run`; raises `CardMemoryError`."""
         waiting = iter(slabs)
-        while batch := list(islice(waiting, _BATCH[kind])):
-            with torch.inference_mode(), torch.autocast(kind, self._type, enabled=self._type is not None):
-                images = torch.from_numpy(np.stack(batch))
-                if kind == "cuda":
-                    images = images.pin_memory()
-                images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
-                logits = self._module(images).float().contiguous().cpu().numpy()
+        while batch := list(islice(waiting, _BATCH[self._device.type])):
+            yield from self._forward(batch)
+
+    def _forward(self, batch: list[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        """Logits of a batch; one that is too much for the card goes through in halves."""
+        torch, kind = self._torch, self._device.type
+        logits, half_type = None, torch.autocast(kind, self._type, enabled=self._type is not None)
+        with suppress(torch.OutOfMemoryError), torch.inference_mode(), half_type:
+            images = torch.from_numpy(np.stack(batch))
+            if kind == "cuda":
+                images = images.pin_memory()
+            images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
+            logits = self._module(images).float().contiguous().cpu().numpy()
+        if logits is not None:
             yield from logits
+            return
+        if len(batch) == 1:
+            raise CardMemoryError(f"{self._device} has too little memory even for one slab")
+        log.warning("%s has too little memory for %d slabs at once, taking half", self._device, len(batch))
+        torch.cuda.empty_cache()
+        yield from self._forward(batch[: len(batch) // 2])
+        yield from self._forward(batch[len(batch) // 2 :])
 
 
 def cores() -> int:

@@ -25,11 +25,12 @@ from redis.exceptions import RedisError
 from sqlalchemy.orm import Session
 
 from models.registry import load_bundle
+from models.runtime import CardMemoryError
 from node import earlier, results, retention
 from node.analysis import pipeline
 from node.analysis.findings import Findings
 from node.analysis.summary import summary
-from node.analysis.volume import VolumeError
+from node.analysis.volume import Volume, VolumeError
 from node.config import Settings, load
 from node.delivery import superseding
 from node.delivery.outbox import Outbox
@@ -297,11 +298,7 @@ def _make(here: Node, work: _Work) -> _Made:
     if work.not_analysed is not None:
         return _not_analysed(work, work.not_analysed)
     try:
-        wanted = here.settings
-        networks = segmenter(
-            wanted.worker.device, wanted.models.lungs, wanted.models.infection, wanted.installed_models
-        )
-        volume, findings = pipeline.analyse(work.paths, networks, _told(here, work))
+        volume, findings = _segmented(here, work)
     except VolumeError as refusal:
         return _not_analysed(work, str(refusal))
     if work.note:
@@ -312,6 +309,19 @@ def _make(here: Node, work: _Work) -> _Made:
         volume, findings, None, work.folder, profiles, content_datetime=work.content_at, earlier=before
     )
     return _Made("done", outcome(findings), made, summary(findings, volume))
+
+
+def _segmented(here: Node, work: _Work) -> tuple[Volume, Findings]:
+    """The analysis, on the CPU when the card has too little memory for it."""
+    told, wanted = _told(here, work), here.settings
+    models = (wanted.models.lungs, wanted.models.infection, wanted.installed_models)
+    try:
+        return pipeline.analyse(work.paths, segmenter(wanted.worker.device, *models), told)
+    except CardMemoryError as error:
+        log.warning("analysed on the CPU", series=work.series_uid, because=str(error))
+        with here.ledger() as session:
+            here.ledger.tell(session, work.series_id, "analysis", f"goes on on the CPU: {error}")
+        return pipeline.analyse(work.paths, segmenter("cpu", *models), told)
 
 
 def _told(here: Node, work: _Work) -> Callable[[str, float], None]:

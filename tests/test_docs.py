@@ -54,6 +54,14 @@ def test_states_of_the_operation_guide_are_those_of_the_code() -> None:
     assert set(re.findall(r"^\| (\w[\w ]*?) \|", guide, re.MULTILINE)) - {"state"} == set(STYLE)
 
 
+def test_faults_are_caused_by_tests_that_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (REPOSITORY / "docs" / "reliability.md").read_text())
+    rows = [line for line in (REPOSITORY / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")]
+    assert all("::test_" in row for row in rows if not row.startswith("| fault"))
+    for file, name in named:
+        assert f"def {name}(" in (REPOSITORY / file).read_text(), f"{file} has no {name}"
+
+
 def test_one_version_everywhere() -> None:
     assert tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"] == __version__
 

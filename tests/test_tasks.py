@@ -10,9 +10,11 @@ import pytest
 from pydicom import dcmread
 
 from models.registry import BundleError
+from models.runtime import CardMemoryError
 from models.training.phantom import phantom
 from node import ledger as ledger_module
 from node import reception, tasks
+from node.analysis.volume import VolumeError
 from node.config import Settings
 from node.intake.assembly import ClosedSeries
 from node.ledger import MAX_ANALYSIS_ATTEMPTS, MAX_BACKOFF_S
@@ -204,3 +206,24 @@ def test_sweeps_in_several_processes_ring_once(
         tasks.ring("analyse", here.ledger.analyses_owed())
         tasks.ring("analyse", other.ledger.analyses_owed())
     assert rung == [("analyse", 1)]
+
+
+def test_card_without_memory_leaves_the_analysis_to_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
+) -> None:
+    here, devices = make_node(tmp_path, monkeypatch), list[str]()
+
+    def networks(device: str, *_: Any) -> Any:
+        def segment(*_: Any) -> Any:
+            devices.append(device)
+            raise VolumeError("read on the CPU") if device == "cpu" else CardMemoryError("cuda has too little memory")
+
+        return segment
+
+    monkeypatch.setattr(tasks, "segmenter", networks)
+    receive(here)
+    tasks.analyse(1)
+    (series,) = all_series(here.ledger)
+    assert devices == ["auto", "cpu"]
+    assert "goes on on the CPU: cuda has too little memory" in [event.text for event in series.events]
+    assert series.analyses[0].reason == "not analysed: read on the CPU"

@@ -229,7 +229,7 @@ def _write(
     findings: Findings | None = None,
 ) -> ResultObject:
     """Write a file that is either whole or not there under its name, and has passed the check or is called stopped."""
-    # The name is the same at each attempt, and one process at a time makes the objects of an analysis: what one that was
+    # The same name at each attempt, for one process at a time makes the objects of an analysis: what one that was
     # killed left behind is overwritten.
     part = directory / f".{name}.dcm.part"
     try:
@@ -240,8 +240,9 @@ def _write(
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    if isinstance(frames := dataset.get("PixelData"), io.IOBase):
-        frames.close()
+    finally:
+        if isinstance(frames := dataset.get("PixelData"), io.IOBase):
+            frames.close()
     problems = check.problems(part, kind, analysis, volume, findings)
     path = directory / (f"{name}{STOPPED}" if problems else f"{name}.dcm")
     part.replace(path)

@@ -111,7 +111,8 @@ class WholeNode:
             with socket.socket() as probe:
                 return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
-        wait_for(listens, 120, f"the listener; the log:\n{self.log}")
+        with suppress_fail(lambda: self.log):
+            wait_for(listens, 240, "the listener")
 
     def pieces(self) -> dict[str, list[psutil.Process]]:
         """The running processes of each piece; a worker's pool child is a piece of its own."""

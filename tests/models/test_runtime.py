@@ -12,12 +12,13 @@ from shutil import copytree
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from models import inference, runtime
 from models.inference import Segmentation, Segmenter
 from models.registry import BUNDLES, Bundle, BundleError, list_bundles, load_bundle
-from models.runtime import IR, OpenVinoRuntime, TorchRuntime, export, open_runtime
+from models.runtime import IR, CardMemoryError, OpenVinoRuntime, TorchRuntime, export, open_runtime
 from models.training.phantom import phantom
 from node.analysis.volume import read_volume
 
@@ -207,3 +208,26 @@ def test_networks_of_different_pixels_work_together(monkeypatch: pytest.MonkeyPa
         masks.append(found.probability >= found.threshold)
         assert dice(masks[-1], found.lungs > 0) > 0.97
     assert dice(masks[0], masks[1]) > 0.98
+
+
+@pytest.mark.parametrize("fits", [1, 3, 8])
+def test_batch_that_is_too_much_for_the_memory_goes_through_in_parts(fits: int) -> None:
+    runtime = TorchRuntime(load_bundle("lungs"), "cpu")
+    channels = int(load_bundle("lungs").metadata["network_data_format"]["inputs"]["image"]["num_channels"])
+    slabs = [np.full((channels, 64, 64), value, np.float32) for value in np.linspace(-1, 1, 11)]
+    whole = list(runtime.run(slabs))
+    network = runtime._module
+
+    def small(images: torch.Tensor) -> torch.Tensor:
+        if len(images) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return network(images)
+
+    runtime._module = small
+    parts = list(runtime.run(slabs))
+    assert len(parts) == len(slabs)
+    for one, other in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(one, other, atol=0.1)
+    fits = 0
+    with pytest.raises(CardMemoryError, match="even for one slab"):
+        list(runtime.run(slabs))
