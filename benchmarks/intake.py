@@ -199,7 +199,7 @@ def lungnode(folder: Path, name: str, transport: str, fsync: str) -> Iterator[Re
 def _started(command: list[str], port: int) -> Iterator[psutil.Process]:
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: _echo(port), 30, command[0])
+        wait_for(lambda: _echo(port), 120, command[0])
         yield psutil.Process(process.pid)
     finally:
         process.kill()
