@@ -46,8 +46,8 @@ def test_the_network_is_ready_to_infer(name: str) -> None:
     assert not network.training
     assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
     with torch.inference_mode():
-        out = network(torch.zeros(1, 1, 32, 48))
-    assert out.shape == (1, len(bundle.metadata["network_data_format"]["outputs"]["pred"]["channel_def"]), 32, 48)
+        out = network(torch.zeros(1, 2 * bundle.metadata.get("context", 0) + 1, 64, 96))
+    assert out.shape == (1, len(bundle.metadata["network_data_format"]["outputs"]["pred"]["channel_def"]), 64, 96)
 
 
 def test_a_path_is_as_good_as_a_name(copy: Path) -> None:
