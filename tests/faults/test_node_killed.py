@@ -23,7 +23,7 @@ VICTIMS = [*PIECES, "pool child", "everything"]
 
 
 def test_kill_of_any_piece_at_any_time_loses_and_doubles_nothing(tmp_path: Path, orthanc: Orthanc) -> None:
-    rounds, chance = fault_rounds(3), random.Random(fault_seed())
+    rounds, chance = fault_rounds(2), random.Random(fault_seed())
     with whole_node(tmp_path / "node", orthanc) as node:
         victims = [name for _ in range(rounds) for name in chance.sample(VICTIMS, len(VICTIMS))]
         for seed in range(1, rounds + 1):

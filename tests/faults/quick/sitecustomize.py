@@ -6,7 +6,6 @@ tested here, and waits that are meant for a night in a hospital are cut to secon
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,18 +24,12 @@ assembly.RETRY_S = 1.0
 tasks.SWEEP_S = 0.5
 
 
-@dataclass
-class _Segmentation:
-    lungs: Any
-    probability: Any
-    threshold: float = 0.5
-    timings: dict[str, float] = field(default_factory=dict)
-
-
 class _Threshold:
     identities = (ModelIdentity("lungs", "0", "a" * 64), ModelIdentity("infection", "0", "b" * 64))
 
-    def __call__(self, hu: Any, _spacing: Any, _tell: Any) -> _Segmentation:
+    def __call__(self, hu: Any, _spacing: Any, _tell: Any) -> Any:
+        from models.inference import Segmentation
+
         air, _ = ndimage.label(hu < -400)
         outside = np.unique(np.concatenate([air[:, 0].ravel(), air[:, -1].ravel(), air[:, :, 0].ravel()]))
         inside = (air > 0) & ~np.isin(air, outside)
@@ -44,7 +37,7 @@ class _Threshold:
         lungs = np.zeros(hu.shape, np.uint8)
         lungs[:, :, :half], lungs[:, :, half:] = inside[:, :, :half], 2 * inside[:, :, half:]
         dense = inside & (hu > -650)
-        return _Segmentation(lungs, dense.astype(np.float16))
+        return Segmentation(lungs, dense.astype(np.float16), 0.5)
 
 
 tasks.segmenter = lambda *_: _Threshold()
