@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
+from fontTools.ttLib import TTFont
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -15,9 +17,10 @@ from PIL import Image, ImageDraw
 from synthetic_chest import FEET_FIRST, MODELS, MOMENT, PRONE, Chest, Shape, make_chest
 
 from node import results
-from node.results import Profile, typesetting
+from node.results import Earlier, Profile, pages, typesetting
+from node.results.course import course
 from node.results.drawing import INFECTION, LUNG, PatientView, axial, projection
-from node.results.pages import SIDE, key_planes, not_analysed_page, slice_page, summary_page
+from node.results.pages import SIDE, key_planes, not_analysed_page, planes_of, slice_page, summary_page
 
 STORED = {
     "feet first": Shape(orientation=FEET_FIRST, patient_position="FFS"),
@@ -145,3 +148,44 @@ def test_the_montage_is_a_picture_of_everything(chest: Chest, tmp_path: Path) ->
     with Image.open(tmp_path / "montage.png") as montage:
         assert montage.size == (2048, 768)
         assert orange(montage.convert("RGB").crop((768, 0, 2048, 768))).any()
+
+
+def test_peers_choose_which_slices_they_get(tmp_path: Path) -> None:
+    chest = make_chest(tmp_path, Shape(slices=48))
+    view = PatientView.of(chest.volume, chest.findings)
+    every = planes_of(view, "every-slice")
+    assert every == list(range(47, -1, -1))
+    # The slices are 5 mm apart.
+    assert planes_of(view, "every-20-mm") == every[::4]
+    assert planes_of(view, "every-0.5-mm") == every
+    assert planes_of(view, "key-images") == key_planes(view, 20)
+    profile = Profile(("capture",), capture="every-20-mm")
+    (made,) = results.build(chest.volume, chest.findings, None, tmp_path, [profile], content_datetime=MOMENT)
+    assert pydicom.dcmread(made.path, stop_before_pixels=True).FrameLabelVector[1] == f"z {view.heights[47]:.1f} mm"
+    assert made.path.name == "capture-every-20-mm.dcm"
+
+
+def test_longest_series_are_thinned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pages, "MOST_SLICES", 20)
+    chest = make_chest(tmp_path, Shape(slices=48, rows=24, columns=24))
+    planes = planes_of(PatientView.of(chest.volume, chest.findings), "every-slice")
+    assert planes == list(range(47, -1, -3))
+
+
+def test_earlier_results_stand_on_the_summary(chest: Chest) -> None:
+    view = PatientView.of(chest.volume, chest.findings)
+    before = [Earlier(date(2026, 1, 12), 250.0, 0.0812), Earlier(date(2025, 12, 30), 100.0, 0.033)]
+    (rule,) = course(before, chest.findings)
+    assert rule.inputs == "30 Dec 2025: 3.3 %, then 12 Jan 2026: 8.1 %"
+    assert rule.outcome.startswith("before 8.1 %, 250.0 ml; now ")
+    with_course, without = summary_page(view, chest.findings, before), summary_page(view, chest.findings)
+    assert np.asarray(with_course).shape == np.asarray(without).shape
+    assert (np.asarray(with_course) != np.asarray(without)).any()
+
+
+def test_report_text_becomes_print() -> None:
+    given = "z -12.5 mm, -600 HU, 20 mm2 and 5 cm2, sha-256, 2026-01-02..."
+    assert typesetting.typographic(given) == "z −12.5 mm, −600 HU, 20 mm² and 5 cm², sha-256, 2026-01-02…"
+    # Every sign that the pages use is in the typeface: none is drawn as the box for what is missing.
+    font = TTFont(typesetting.font_file(typesetting.REGULAR))
+    assert {ord(sign) for sign in "²−–…%"} <= set(font.getBestCmap())
