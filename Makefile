@@ -1,5 +1,5 @@
 # make demo   a node on this machine, a CT sent through it, and the picture that comes back
-# make test   all tests, with real peers (Orthanc, DCMTK, dicom3tools, Redis), installed where this may be done
+# make test   all tests, with real peers (Orthanc, DCMTK, dicom3tools, Redis, OHIF in Chromium), installed where this may be done
 # make faults the tests of what goes wrong, long: LUNGNODE_FAULT_ROUNDS rounds of each, from LUNGNODE_FAULT_SEED
 # Each makes a virtual environment in .venv first. PYTHON=python3.12 chooses another interpreter, DIR=folder the demo's CT.
 

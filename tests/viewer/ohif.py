@@ -107,7 +107,8 @@ def served(orthanc: Orthanc, dist: Path) -> Iterator[str]:
 
         def _archive(self) -> None:
             connection = http.client.HTTPConnection(archive, timeout=PATIENCE)
-            wanted = {name: self.headers[name] for name in ("Accept",) if name in self.headers}
+            # With the name that the browser used, from which Orthanc makes the addresses of bulk data.
+            wanted = {name: self.headers[name] for name in ("Accept", "Host") if name in self.headers}
             connection.request("GET", self.path, headers=wanted)
             answer = connection.getresponse()
             self._send(answer.status, answer.headers["Content-Type"] or "text/plain", answer.read())
