@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -106,13 +106,14 @@ def served(orthanc: Orthanc, dist: Path) -> Iterator[str]:
                 self._send(200, mimetypes.guess_type(file.name)[0] or "application/octet-stream", file.read_bytes())
 
         def _archive(self) -> None:
-            connection = http.client.HTTPConnection(archive, timeout=PATIENCE)
             # With the name that the browser used, from which Orthanc makes the addresses of bulk data.
             wanted = {name: self.headers[name] for name in ("Accept", "Host") if name in self.headers}
-            connection.request("GET", self.path, headers=wanted)
-            answer = connection.getresponse()
-            self._send(answer.status, answer.headers["Content-Type"] or "text/plain", answer.read())
-            connection.close()
+            # Closed before the browser is answered, which may be gone by then.
+            with closing(http.client.HTTPConnection(archive, timeout=PATIENCE)) as connection:
+                connection.request("GET", self.path, headers=wanted)
+                answer = connection.getresponse()
+                status, kind, body = answer.status, answer.headers["Content-Type"] or "text/plain", answer.read()
+            self._send(status, kind, body)
 
         def _send(self, status: int, kind: str, body: bytes) -> None:
             self.send_response(status)
