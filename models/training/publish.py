@@ -45,8 +45,8 @@ from models.training.pictures import draw_cases, draw_reliability
 from models.training.sampling import HU_RANGE, Task
 from models.training.train import PLANS, Plan, build, patients_of
 
-#: Lesions below this are not reported, mm³: a ball of 8 mm. What one slab alone shows, which a vessel that runs along it
-#: does too, is mostly smaller.
+#: Lesions below this are not reported, mm³: a ball of 8 mm. What one slab alone shows, as a vessel that runs along
+#: it does too, is mostly smaller.
 MINIMUM_LESION_MM3 = 300.0
 
 _SETS = {
@@ -174,8 +174,10 @@ def _measure(task: Task, bundle: Bundle, material: Material, metadata: dict[str,
         lesions = found_lesions(unseen, threshold)
         if len({lesion.true for lesion in lesions}) == 2:
             model, before, after = calibrate(lesions, floor)
-            metadata["lesion_calibration"] = {name: round(value, 5) for name, value in asdict(model).items()}
             results.reliability = before, after
+            # What does not help on patients it was not fitted on is not shipped.
+            if after.brier < before.brier:
+                metadata["lesion_calibration"] = {name: round(value, 5) for name, value in asdict(model).items()}
     metadata["held_out"] = [_brief(one) for one in results.figures]
     if results.cross_validation:
         metadata["cross_validation"] = [_brief(one) for one in results.cross_validation]
@@ -314,7 +316,7 @@ def _card(
         ]
     if results.reliability:
         before, after = results.reliability
-        floor = metadata["lesion_calibration"]["floor"]
+        shipped = metadata.get("lesion_calibration")
         lines += [
             "## Probability of a lesion",
             "",
@@ -326,7 +328,8 @@ def _card(
             f"| mean over voxels | {before.brier:.3f} | {before.ece:.3f} |",
             f"| calibrated | {after.brier:.3f} | {after.ece:.3f} |",
             "",
-            *([f"Lesions below {floor} are not reported.", ""] if floor else []),
+            *([] if shipped else ["It does not do better, so the mean is what a lesion's probability is.", ""]),
+            *([f"Lesions below {shipped['floor']} are not reported.", ""] if shipped and shipped["floor"] else []),
             "![Stated probability against the share of true lesions](reliability.png)",
             "",
         ]
