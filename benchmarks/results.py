@@ -104,7 +104,10 @@ def child(chest_file: Path, name: str) -> None:
     with chest_file.open("rb") as file:
         chest = pickle.load(file)
     # As a series is read: slices one after the other in memory.
-    chest = replace(chest, volume=replace(chest.volume, hu=np.ascontiguousarray(chest.volume.hu)))
+    findings = chest.findings
+    lungs, lesions = np.ascontiguousarray(findings.lungs), np.ascontiguousarray(findings.lesions)
+    volume = replace(chest.volume, hu=np.ascontiguousarray(chest.volume.hu))
+    chest = replace(chest, volume=volume, findings=replace(findings, lungs=lungs, lesions=lesions))
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here (proc(5))
     before = _peak_mb()
     with tempfile.TemporaryDirectory() as folder:
