@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from delivery.bad_pacs import bad_pacs
 from delivery.owed import outbox
 from highdicom._standard_utils import get_iod_module_map, get_module_attribute_map, get_sop_class_iod_map
+from pacs import bad_pacs
 from pydicom.dataset import Dataset
 from pydicom.uid import MultiFrameTrueColorSecondaryCaptureImageStorage
 from synthetic_chest import MODELS, MOMENT, Chest, Shape, make_chest
