@@ -382,6 +382,7 @@ class Interleaved(RuleBasedStateMachine):
         self.refused: set[str] = set()
         self.seen = 0
         self.covered: dict[str, set[str]] = {}
+        self.whole: dict[str, bool] = {}
 
     @rule(target=associations)
     def associate(self) -> AssociationId:
@@ -427,10 +428,11 @@ class Interleaved(RuleBasedStateMachine):
             series = closed.series_instance_uid
             uids = {one.sop_instance_uid for one in closed.instances}
             assert len(uids) == len(closed.instances)
-            # Each closed set holds all of the one before, and something more unless it only tells of a refusal.
+            # Each closed set holds all of the one before, and something more unless it only tells of a refusal, or of
+            # a resend that made an incomplete series whole.
             assert uids >= self.covered.get(series, set())
-            assert uids > self.covered.get(series, set()) or not closed.complete
-            self.covered[series] = uids
+            assert uids > self.covered.get(series, set()) or not (closed.complete and self.whole[series])
+            self.covered[series], self.whole[series] = uids, closed.complete
             if closed.complete:
                 places = sorted(one.positions[0][2] for one in closed.instances)
                 steps = {b - a for a, b in pairwise(places)}
