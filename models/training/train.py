@@ -193,7 +193,9 @@ def fit(
     saved = tick
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) as progress:
         bar = progress.add_task(task, total=1.0)
-        for image, target in DataLoader(slices, batch_size=plan.batch, num_workers=1, prefetch_factor=4):
+        # No worker process: it saves a tenth of a step at most, and torch's handler for its end (SIGCHLD) has crashed
+        # processes in which OpenVINO ran as well.
+        for image, target in DataLoader(slices, batch_size=plan.batch):
             done = run.step / steps if steps is not None else run.spent / (60 * (minutes or 0) + 1e-9)
             progress.update(bar, completed=done, description=f"{task} step {run.step} loss {smooth:.3f}")
             if done >= 1:
