@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from models.registry import BUNDLES, WEIGHTS, Bundle, BundleError, load_bundle, verify
+from models.registry import BUNDLES, WEIGHTS, Bundle, BundleError, data_format, load_bundle, verify
 
 #: What is taken of an archive: the bundle's own files, OpenVINO's form of the network, words and pictures.
 _WANTED = re.compile(
@@ -158,29 +158,12 @@ _R231 = {
     "pixel_mm": 1.5,
     "stride": 16,
     "context": 0,
-    "network_data_format": {
-        "inputs": {
-            "image": {
-                "type": "image",
-                "format": "hounsfield",
-                "modality": "CT",
-                "num_channels": 1,
-                "spatial_shape": ["*", "*"],
-                "dtype": "float32",
-                "value_range": [-1, 1],
-                "is_patch_data": False,
-            }
-        },
-        "outputs": {
-            "pred": {
-                "type": "segmentation",
-                "format": "logits of three classes; softmax",
-                "num_channels": 3,
-                "dtype": "float32",
-                "channel_def": {"0": "background", "1": "right lung", "2": "left lung"},
-            }
-        },
-    },
+    "network_data_format": data_format(
+        1,
+        ["*", "*"],
+        "logits of three classes; softmax",
+        {"0": "background", "1": "right lung", "2": "left lung"},
+    ),
     "held_out": [],
 }
 

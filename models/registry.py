@@ -75,7 +75,7 @@ class Bundle:
         from safetensors import SafetensorError
         from safetensors.torch import load as read_safetensors
 
-        weights = _verified(self.path, self.sha256)
+        weights = verified(self.path / WEIGHTS, self.sha256)
         definition = _read_json(self.path / "configs" / "inference.json").get("network_def")
         if not isinstance(definition, dict):
             raise BundleError(f"{self.path / 'configs' / 'inference.json'}: no 'network_def' with a '_target_'")
@@ -119,7 +119,7 @@ def load_bundle(name_or_path: str | Path, installed: Path | None = None) -> Bund
         name, version, digest = (metadata[key] for key in ("name", "version", "sha256"))
     except KeyError as error:
         raise BundleError(f"{file}: {error} is missing") from None
-    _verified(path, digest)
+    verified(path / WEIGHTS, digest)
     return Bundle(str(name), str(version), str(digest), metadata, path)
 
 
@@ -163,9 +163,14 @@ def verify(bundle: Bundle) -> None:
         raise BundleError(f"{bundle.path}: the network gives {tuple(logits.shape)}, or numbers that are none")
 
 
-def _verified(path: Path, expected: str) -> bytes:
-    """Bytes of the weights, which have the expected digest: read once, so that what is checked is what is used."""
-    file = path / WEIGHTS
+def verified(file: Path, expected: str) -> bytes:
+    """Bytes of a bundle's file that has this sha256: read once, so that what is checked is what is used.
+
+    Raises
+    ------
+    BundleError
+        It cannot be read, or has another digest.
+    """
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -174,6 +179,40 @@ def _verified(path: Path, expected: str) -> bytes:
     if found != expected:
         raise BundleError(f"{file}: sha256 is {found}, metadata.json says {expected}; restore it from the release")
     return content
+
+
+def data_format(inputs: int, spatial_shape: list[str], output: str, channels: dict[str, str]) -> dict[str, Any]:
+    """`network_data_format` of the metadata, as MONAI's bundle schema has it.
+
+    Parameters
+    ----------
+    inputs
+        Channels of the image: a slice and its neighbours.
+    spatial_shape
+        Height and width, as expressions of the schema: '16*n', '*'.
+    output
+        What the output's numbers are.
+    channels
+        Class of each output channel, or of each label where the output is a softmax.
+    """
+    image = {
+        "type": "image",
+        "format": "hounsfield",
+        "modality": "CT",
+        "num_channels": inputs,
+        "spatial_shape": spatial_shape,
+        "dtype": "float32",
+        "value_range": [-1, 1],
+        "is_patch_data": False,
+    }
+    prediction = {
+        "type": "segmentation",
+        "format": output,
+        "num_channels": len(channels),
+        "dtype": "float32",
+        "channel_def": channels,
+    }
+    return {"inputs": {"image": image}, "outputs": {"pred": prediction}}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

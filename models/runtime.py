@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from models.registry import Bundle, BundleError, load_bundle
+from models.registry import Bundle, load_bundle, verified
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class OpenVinoRuntime:
         if record.get("weights") != bundle.sha256:
             raise _NoIRError("its OpenVINO IR was made of other weights")
         openvino = _openvino()
-        xml, weights = (_verified(bundle.path / file, str(record.get(file.name))) for file in IR)
+        xml, weights = (verified(bundle.path / file, str(record.get(file.name))) for file in IR)
         self._core = openvino.Core()
         self._model = self._core.read_model(xml, weights)
         half = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -252,17 +252,6 @@ def _openvino() -> Any:
             f"OpenVINO cannot be imported ({error.__class__.__name__}); install the package openvino"
         ) from None
     return openvino
-
-
-def _verified(file: Path, expected: str) -> bytes:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{file}: cannot be read ({error.strerror}); restore it from the release") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
-        raise BundleError(f"{file}: sha256 is {found}, metadata.json says {expected}; restore it from the release")
-    return content
 
 
 def _bears_bfloat16(bundle: Bundle) -> bool:

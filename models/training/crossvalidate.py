@@ -10,18 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from models.training import datasets
 from models.training.datasets import Patient
-from models.training.evaluate import figures_of, infection_chances, judge_infection, predictor
+from models.training.evaluate import Chance, figures_of, infection_chances, judge_infection, predictor
 from models.training.train import INFECTION_DESIGNS, TRAINING_PHANTOMS, Plan, build, fit, learners, patients_of
 
 #: Folds over the ten patients.
@@ -51,26 +50,31 @@ def run_fold(patients: Sequence[Patient], fold: int, out: Path, *, seed: int, st
     return out / f"fold-{fold}.npz"
 
 
-def out_of_fold(out: Path) -> dict[str, NDArray[np.float16]]:
-    """Probabilities [slice, y, x] of every patient, from the network that had not seen them.
+def read_out_of_fold(files: Iterable[Path], patients: Sequence[Patient]) -> list[tuple[Patient, Chance]]:
+    """Patients and their probabilities from files of `run_fold`.
 
     Raises
     ------
-    FileNotFoundError
-        A fold has not been run.
+    ValueError
+        A file names a patient who is not among these, or whose slices are others.
     """
-    chances: dict[str, NDArray[np.float16]] = {}
-    for fold in range(FOLDS):
-        with np.load(out / f"fold-{fold}.npz", allow_pickle=False) as found:
-            chances |= {name: found[name] for name in found.files}
-    return chances
+    known = {patient.id: patient for patient in patients}
+    pairs: list[tuple[Patient, Chance]] = []
+    for file in files:
+        with np.load(file, allow_pickle=False) as found:
+            for name in found.files:
+                chance = found[name]
+                if name not in known or known[name].hu.shape != chance.shape:
+                    raise ValueError(f"{file}: {name} with {chance.shape} pixels is no patient of the data")
+                pairs.append((known[name], chance))
+    return pairs
 
 
 def main() -> None:
     """Command line: figures as JSON on standard output once all folds are there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds slices/")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=1400, help="as many as the shipped network had")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fold", type=int, choices=range(FOLDS), help="only this one; the others may run elsewhere")
     parser.add_argument("--design", choices=sorted(INFECTION_DESIGNS), default="efficientnet-2.5d")
@@ -84,8 +88,8 @@ def main() -> None:
         if not (arguments.out / f"fold-{fold}.npz").exists():
             run_fold(patients, fold, arguments.out, seed=arguments.seed, steps=arguments.steps, plan=plan)
     if all((arguments.out / f"fold-{fold}.npz").exists() for fold in range(FOLDS)):
-        found = out_of_fold(arguments.out)
-        cases = judge_infection(((p, found[p.id]) for p in patients if p.id in found), arguments.threshold)
+        found = read_out_of_fold((arguments.out / f"fold-{fold}.npz" for fold in range(FOLDS)), patients)
+        cases = judge_infection(found, arguments.threshold)
         print(json.dumps([asdict(one) for one in figures_of(cases)], indent=1))
 
 

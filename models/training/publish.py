@@ -19,12 +19,11 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from models.registry import BUNDLES, WEIGHTS, Bundle, load_bundle
+from models.registry import BUNDLES, WEIGHTS, Bundle, data_format, load_bundle
 from models.runtime import export
 from models.training import datasets
-from models.training.calibration import Reliability, calibrate, found_lesions
+from models.training.calibration import MINIMUM_LESION_MM3, Reliability, calibrate, found_lesions
+from models.training.crossvalidate import read_out_of_fold
 from models.training.datasets import Patient
 from models.training.evaluate import (
     LESION_OVERLAP,
@@ -44,10 +43,6 @@ from models.training.evaluate import (
 from models.training.pictures import draw_cases, draw_reliability
 from models.training.sampling import HU_RANGE, Task
 from models.training.train import PLANS, Plan, build, patients_of
-
-#: Lesions below this are not reported, mm³: a ball of 8 mm. What one slab alone shows, as a vessel that runs along
-#: it does too, is mostly smaller.
-MINIMUM_LESION_MM3 = 300.0
 
 _SETS = {
     "covid-seg-20": "COVID-19-CT-Seg-20, ten patients of coronacases.org (Ma et al. 2020), CC BY-NC-SA 4.0",
@@ -213,29 +208,9 @@ def _metadata(task: Task, plan: Plan, version: str, digest: str) -> dict[str, An
         "stride": stride,
         "context": context,
         "bfloat16": plan.bfloat16,
-        "network_data_format": {
-            "inputs": {
-                "image": {
-                    "type": "image",
-                    "format": "hounsfield",
-                    "modality": "CT",
-                    "num_channels": 2 * context + 1,
-                    "spatial_shape": [f"{stride}*n", f"{stride}*n"],
-                    "dtype": "float32",
-                    "value_range": [-1, 1],
-                    "is_patch_data": False,
-                }
-            },
-            "outputs": {
-                "pred": {
-                    "type": "segmentation",
-                    "format": about["output"],
-                    "num_channels": len(about["channels"]),
-                    "dtype": "float32",
-                    "channel_def": about["channels"],
-                }
-            },
-        },
+        "network_data_format": data_format(
+            2 * context + 1, [f"{stride}*n", f"{stride}*n"], about["output"], about["channels"]
+        ),
     }
 
 
@@ -370,26 +345,6 @@ def _own(task: Task, results: _Results) -> list[Case]:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def read_out_of_fold(files: Iterable[Path], patients: Sequence[Patient]) -> list[tuple[Patient, Chance]]:
-    """Patients and their probabilities from files of `crossvalidate`.
-
-    Raises
-    ------
-    ValueError
-        A file names a patient who is not among these, or whose slices are others.
-    """
-    known = {patient.id: patient for patient in patients}
-    pairs: list[tuple[Patient, Chance]] = []
-    for file in files:
-        with np.load(file, allow_pickle=False) as found:
-            for name in found.files:
-                chance = found[name]
-                if name not in known or known[name].hu.shape != chance.shape:
-                    raise ValueError(f"{file}: {name} with {chance.shape} pixels is no patient of the data")
-                pairs.append((known[name], chance))
-    return pairs
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -54,41 +54,36 @@ class Plan:
 
 _XCEPTION = "models.networks.xception_unet.XceptionUNet"
 _EFFICIENTNET = "models.networks.efficientnet_unet.EfficientNetUNet"
-_INFECTION_SHARES = {"covid-seg-20": 0.50, "semiseg": 0.18, "phantom": 0.15, "finding-lungs": 0.17}
+
+_INFECTION = Plan(
+    {"_target_": _EFFICIENTNET, "in_channels": 3, "out_channels": 1},
+    crop=192,
+    batch=12,
+    learning_rate=1e-3,
+    shares={"covid-seg-20": 0.50, "semiseg": 0.18, "phantom": 0.15, "finding-lungs": 0.17},
+    context=1,
+    imagenet=True,
+    bfloat16=False,
+)
 
 #: Designs for infection that were compared under one budget; `models/README.md` has the table.
 INFECTION_DESIGNS = {
-    "efficientnet-2.5d": Plan(
-        {"_target_": _EFFICIENTNET, "in_channels": 3, "out_channels": 1},
-        crop=192,
-        batch=12,
-        learning_rate=1e-3,
-        shares=_INFECTION_SHARES,
-        context=1,
-        imagenet=True,
-        bfloat16=False,
-    ),
-    "efficientnet-2d": Plan(
-        {"_target_": _EFFICIENTNET, "in_channels": 1, "out_channels": 1},
-        crop=192,
-        batch=12,
-        learning_rate=1e-3,
-        shares=_INFECTION_SHARES,
-        imagenet=True,
-        bfloat16=False,
-    ),
-    "xception-2d": Plan(
-        {
+    "efficientnet-2.5d": _INFECTION,
+    "efficientnet-2d": replace(_INFECTION, network=_INFECTION.network | {"in_channels": 1}, context=0),
+    "efficientnet-2.5d-from-noise": replace(_INFECTION, imagenet=False, learning_rate=2e-3),
+    "xception-2d": replace(
+        _INFECTION,
+        network={
             "_target_": _XCEPTION,
             "in_channels": 1,
             "out_channels": 1,
             "features": [32, 64, 128, 192, 256],
             "middle_blocks": 4,
         },
-        crop=192,
-        batch=12,
         learning_rate=2e-3,
-        shares=_INFECTION_SHARES,
+        context=0,
+        imagenet=False,
+        bfloat16=True,
     ),
 }
 
@@ -106,7 +101,7 @@ PLANS: dict[Task, Plan] = {
         learning_rate=2e-3,
         shares={"finding-lungs": 0.30, "covid-seg-20": 0.30, "medseg-9": 0.15, "phantom": 0.25},
     ),
-    "infection": INFECTION_DESIGNS["efficientnet-2.5d"],
+    "infection": _INFECTION,
 }
 
 #: Time between checkpoints, s.

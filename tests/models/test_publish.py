@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from models.calibration import LesionCalibration
 from models.registry import load_bundle
+from models.training.crossvalidate import read_out_of_fold
 from models.training.datasets import phantoms
-from models.training.publish import Material, publish, read_out_of_fold
+from models.training.publish import Material, publish
 from models.training.train import PLANS, build
 
 NETWORK = {
