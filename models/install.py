@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import pickle
 import re
 import shutil
@@ -17,6 +18,9 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from models.registry import BUNDLES, WEIGHTS, Bundle, BundleError, data_format, load_bundle, verify
+from models.runtime import NoIRError, export
+
+log = logging.getLogger(__name__)
 
 #: What is taken of an archive: the bundle's own files, OpenVINO's form of the network, words and pictures.
 _WANTED = re.compile(
@@ -141,6 +145,11 @@ def _put(made: Path, folder: Path) -> Bundle:
     if (BUNDLES / bundle.name).exists() or place.exists():
         raise BundleError(f"there is a model '{bundle.name}' already; give the new one another name, or remove {place}")
     verify(bundle)
+    if not bundle.metadata.get("openvino"):
+        try:
+            export(made)
+        except NoIRError as reason:
+            log.warning("the network '%s' will run on torch, several times slower: %s", bundle.name, reason)
     # The scratch folder is for its owner alone; a bundle is for the workers too.
     place.mkdir()
     for part in made.iterdir():

@@ -19,6 +19,9 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from models.registry import BUNDLES, WEIGHTS, Bundle, data_format, load_bundle
 from models.runtime import export
 from models.training import datasets
@@ -41,8 +44,8 @@ from models.training.evaluate import (
     lungs_cases,
 )
 from models.training.pictures import draw_cases, draw_reliability
-from models.training.sampling import HU_RANGE, Task
-from models.training.train import PLANS, Plan, build, patients_of
+from models.training.sampling import HU_RANGE, Task, normalise
+from models.training.train import PLANS, TRAINING_PHANTOMS, Plan, build, patients_of
 
 _SETS = {
     "covid-seg-20": "COVID-19-CT-Seg-20, ten patients of coronacases.org (Ma et al. 2020), CC BY-NC-SA 4.0",
@@ -147,7 +150,7 @@ def publish(
         _draw(task, results, made / "docs")
         card = _card(task, plan, metadata, results, limits, notes)
         (made / "docs" / "README.md").write_text(card, encoding="utf-8")
-        export(made)
+        export(made, _examples(plan) if plan.int8 else ())
         # What is left of the model before, OpenVINO's form of it for one, is not this one's.
         if folder.exists():
             shutil.rmtree(folder)
@@ -181,6 +184,18 @@ def _measure(task: Task, bundle: Bundle, material: Material, metadata: dict[str,
 
 def _brief(figure: Figure) -> dict[str, Any]:
     return {name: value for name, value in asdict(figure).items() if name != "values"}
+
+
+def _examples(plan: Plan) -> list[NDArray[np.float32]]:
+    """Slices of phantoms as the network gets them, to show the ranges of its values."""
+    stride = int(build(plan.network).stride)  # type: ignore[arg-type]
+    examples = []
+    for patient in datasets.phantoms(TRAINING_PHANTOMS, slices=20):
+        for index in range(0, len(patient.hu), 5):
+            image = normalise(datasets.stack(patient, index, plan.context))
+            padding = ((0, 0), *((0, -size % stride) for size in image.shape[1:]))
+            examples.append(np.pad(image, padding, constant_values=-1.0)[None])
+    return examples
 
 
 def _draw(task: Task, results: _Results, docs: Path) -> None:

@@ -19,6 +19,7 @@ from models import install as installing
 from models.install import import_r231, install
 from models.networks.unet_r231 import HU_RANGE, UNetR231, body_box, published_state
 from models.registry import BUNDLES, WEIGHTS, BundleError, list_bundles, load_bundle, verify
+from models.runtime import IR, OpenVinoRuntime, open_runtime
 from models.training.phantom import phantom
 from node.cli import app
 
@@ -66,6 +67,14 @@ def test_a_bundle_is_installed_without_its_code(own: Path, tmp_path: Path, insid
     assert load_bundle("ours", tmp_path / "models").identity == bundle.identity
     with pytest.raises(BundleError, match="there is a model 'ours' already"):
         install(zipped(own), tmp_path / "models")
+
+
+def test_what_comes_without_openvino_gets_it(own: Path, tmp_path: Path) -> None:
+    for file in IR:
+        (own / file).unlink()
+    rename(own, "ours", openvino=None)
+    bundle, _ = install(zipped(own), tmp_path / "models")
+    assert isinstance(open_runtime(bundle, "cpu"), OpenVinoRuntime)
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "..\\evil", "C:/evil"])
@@ -129,7 +138,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     assert nothing_in(tmp_path / "models")
 
 
-def test_r231_is_what_lungmask_computes(tmp_path: Path) -> None:
+def test_r231_is_what_lungmask_computes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lungmask = pytest.importorskip("lungmask.resunet", reason="pip install lungmask compares R231 with the original")
     utils = pytest.importorskip("lungmask.utils")
     torch.manual_seed(0)
@@ -141,6 +150,7 @@ def test_r231_is_what_lungmask_computes(tmp_path: Path) -> None:
     theirs.eval()
     torch.save(theirs.state_dict(), tmp_path / "unet_r231-random.pth")
     bundle = import_r231(tmp_path / "unet_r231-random.pth", tmp_path / "models")
+    assert "cuts each slice to what it shows" in caplog.text
     network = bundle.load()
     assert isinstance(network, UNetR231)
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from models import inference, runtime
 from models.inference import Segmentation, Segmenter
 from models.registry import BUNDLES, Bundle, BundleError, list_bundles, load_bundle
-from models.runtime import IR, CardMemoryError, OpenVinoRuntime, TorchRuntime, export, open_runtime
+from models.runtime import IR, CardMemoryError, NoIRError, OpenVinoRuntime, TorchRuntime, export, open_runtime
 from models.training.phantom import phantom
+from models.training.sampling import normalise
 from node.analysis.volume import read_volume
 
 NAMES = ["lungs", "infection"]
@@ -231,3 +232,28 @@ def test_batch_that_is_too_much_for_the_memory_goes_through_in_parts(fits: int) 
     fits = 0
     with pytest.raises(CardMemoryError, match="even for one slab"):
         list(runtime.run(slabs))
+
+
+def test_quantised_by_examples_it_agrees_with_itself(copy: Path) -> None:
+    drawn = phantom(3004, shape=(8, 128, 128), severity=2)
+    images = normalise(drawn.hu)[:, None, None]
+    export(copy, list(images[::2]))
+    bundle = load_bundle(copy)
+    assert bundle.metadata["openvino"]["int8"] is True
+    opened = open_runtime(bundle, "cpu")
+    assert "int8" in opened.description
+    fast, exact = (np.stack(list(one.run(images[1::2, 0]))) for one in (opened, in_float32(bundle)))
+    assert np.abs(fast - exact).max() > 1e-3
+    assert dice(fast.argmax(1) > 0, exact.argmax(1) > 0) > 0.95
+
+
+def test_a_network_that_changes_with_the_size_of_its_input_stays_on_torch(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deep(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image * float(image.shape[2])
+
+    monkeypatch.setattr(Bundle, "load", lambda *_: Deep())
+    with pytest.raises(NoIRError, match="something else than torch"):
+        export(copy)
