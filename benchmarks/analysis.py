@@ -68,9 +68,11 @@ def lungnode(ct: Path, mask: Path) -> dict[str, float]:
     start = time.perf_counter()
     from models.inference import Segmenter
     from models.registry import load_bundle
+    from models.runtime import keep_memory
     from node.analysis import pipeline
 
     paths = files(ct)
+    keep_memory()
     segmenter = Segmenter(load_bundle("lungs"), load_bundle("infection"))
     _, findings = pipeline.analyse(paths, segmenter)
     first = time.perf_counter() - start

@@ -34,6 +34,9 @@ IR = (Path("models") / "model.xml", Path("models") / "model.bin")
 #: Slabs that go through torch at once, on a CPU and on a card.
 _BATCH = {"cpu": 8, "cuda": 32}
 
+#: Parameters of mallopt(3): pieces that are mapped one by one, and free memory from which it is given back.
+_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
+
 #: Compiled shapes that are kept; a series needs one, and a hospital's fields of view differ little.
 _SHAPES = 8
 
@@ -204,6 +207,18 @@ class TorchRuntime:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_memory() -> None:
+    """Have this process keep the memory that it frees, for its next analysis.
+
+    Volumes are hundreds of megabytes. glibc gives such pieces back at once, and to be handed them anew, page by page,
+    costs a fifth of an analysis. Where the C library is another one nothing changes.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def export(path: Path, examples: Sequence[NDArray[np.float32]] = ()) -> None:

@@ -120,8 +120,10 @@ def segmenter(
 ) -> Segmenter:
     """The networks of the pneumonia analysis, loaded once in a process; `installed` holds models of one's own."""
     from models.inference import Segmenter  # torch takes seconds to import; only the analyse worker needs it
+    from models.runtime import keep_memory
 
     chosen = None if device == "auto" else device
+    keep_memory()
     return Segmenter(load_bundle(lungs, installed), load_bundle(infection, installed), chosen)
 
 
