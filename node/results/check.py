@@ -191,7 +191,7 @@ def _segments(made: Dataset, kind: str, volume: Volume, findings: Findings) -> I
             yield "a frame differs from what was found on its slice"
             return
     for segment in expected:
-        found = np.count_nonzero(wanted == segment.number)
+        found = sum(np.count_nonzero(plane == segment.number) for plane in wanted)
         if found == 0:
             yield f"segment {segment.number} is empty"
         elif painted[segment.number] != found:

@@ -31,6 +31,31 @@ MARGIN_MM = 25.0
 _TINT = 0.32
 
 
+Side = Literal["front", "below"]
+
+
+@dataclass(frozen=True)
+class Flattened:
+    """A box of the volume as seen from one side, its first row at the top."""
+
+    #: Mean attenuation along the line of sight, from air to soft tissue, HU.
+    grey: NDArray[np.float32]
+    #: Infected voxels along the line of sight.
+    infected: NDArray[np.int32]
+    #: Where the right and the left lung are.
+    lungs: NDArray[np.bool_]
+
+    @classmethod
+    def empty(cls, rows: int, columns: int) -> Flattened:
+        """Nothing seen yet."""
+        shape = rows, columns
+        return cls(np.zeros(shape, np.float32), np.zeros(shape, np.int32), np.zeros((2, *shape), np.bool_))
+
+    def flipped(self) -> Flattened:
+        """The same with its last row at the top."""
+        return Flattened(self.grey[::-1], self.infected[::-1], self.lungs[:, ::-1])
+
+
 @dataclass(frozen=True)
 class PatientView:
     """Volume and masks with axes from feet to head, front to back, patient's right to left."""
@@ -72,12 +97,6 @@ class PatientView:
             )
         return ranges[0], ranges[1], ranges[2]
 
-    def mean_hu(self, axis: int) -> NDArray[np.float32]:
-        """Mean attenuation along an axis within the box, from air to soft tissue."""
-        hu = np.clip(self.hu[self.box], -1000, 300)
-        total: NDArray[np.float32] = hu.mean(axis=axis, dtype=np.float32)
-        return total
-
     @cached_property
     def lung_planes(self) -> NDArray[np.intp]:
         """Axial planes that show lung, from the feet up; all planes where there is no lung."""
@@ -87,8 +106,29 @@ class PatientView:
     @cached_property
     def infected_area(self) -> NDArray[np.intp]:
         """Infected pixels on each axial plane."""
-        area: NDArray[np.intp] = np.count_nonzero(self.infection, axis=(1, 2))
-        return area
+        return np.array([np.count_nonzero(plane) for plane in self.infection])
+
+    @cached_property
+    def flattened(self) -> dict[Side, Flattened]:
+        """What lies in the box as seen from the front and from below, each seen through the whole box."""
+        hu, lungs, infection = self.hu[self.box], self.lungs[self.box], self.infection[self.box]
+        planes, rows, columns = hu.shape
+        front = Flattened.empty(planes, columns)
+        below = Flattened.empty(rows, columns)
+        # Plane by plane, for both at once: each plane is fetched from memory once.
+        for k in range(planes):
+            grey = np.clip(hu[k], -1000, 300)
+            front.grey[k] = grey.mean(axis=0, dtype=np.float32)
+            below.grey[:] += grey
+            front.infected[k] = np.count_nonzero(infection[k], axis=0)
+            below.infected[:] += infection[k]
+            for side, (across, down) in enumerate(zip(front.lungs, below.lungs, strict=True), 1):
+                part = lungs[k] == side
+                across[k] = part.any(axis=0)
+                down |= part
+        below.grey[:] /= planes
+        # Head up: the first row of a picture from the front is the highest plane.
+        return {"front": front.flipped(), "below": below}
 
 
 def axial(view: PatientView, plane: int, width: int, height: int) -> Image.Image:
@@ -107,25 +147,19 @@ def axial(view: PatientView, plane: int, width: int, height: int) -> Image.Image
     return _mark(frame.on_black(picture), frame, ("A", "P", "R", "L"))
 
 
-def projection(view: PatientView, side: Literal["front", "below"], width: int, height: int) -> Image.Image:
+def projection(view: PatientView, side: Side, width: int, height: int) -> Image.Image:
     """The chest from the front or from below: mean attenuation as grey, thickness of infection as tint."""
-    box = view.box
-    axis = 1 if side == "front" else 0
-    rows, columns = (0, 2) if side == "front" else (1, 2)
-    extent = box[rows].stop - box[rows].start, box[columns].stop - box[columns].start
-    frame = _Frame((view.spacing[rows], view.spacing[columns]), extent, width, height)
-    # Head up: the first row of a picture from the front is the highest plane.
-    step = -1 if side == "front" else 1
-    grey = view.mean_hu(axis)[::step]
-    low, high = np.percentile(grey, (1, 99))
-    picture = frame.grey((grey - low) / max(float(high - low), 1.0) * 0.85)
-    thickness = view.infection[box].sum(axis=axis)[::step] * view.spacing[axis]
+    seen = view.flattened[side]
+    along, rows = (1, 0) if side == "front" else (0, 1)
+    frame = _Frame((view.spacing[rows], view.spacing[2]), seen.grey.shape, width, height)
+    low, high = np.percentile(seen.grey, (1, 99))
+    picture = frame.grey((seen.grey - low) / max(float(high - low), 1.0) * 0.85)
+    thickness = seen.infected * view.spacing[along]
     # 5 mm is seen, 60 mm and more is full.
     strength = np.where(thickness > 0, np.clip(0.25 + thickness / 80, 0, 1), 0)
     _paint(picture, frame.smooth(strength), INFECTION, 1.0)
-    for value in (1, 2):
-        lung = frame.mask((view.lungs[box] == value).any(axis=axis)[::step])
-        _paint(picture, _edge(lung, 1), LUNG, 0.85)
+    for lung in seen.lungs:
+        _paint(picture, _edge(frame.mask(lung), 1), LUNG, 0.85)
     letters = ("H", "F", "R", "L") if side == "front" else ("A", "P", "R", "L")
     return _mark(frame.on_black(picture), frame, letters)
 

@@ -13,7 +13,7 @@ nothing is infected) and, as sentences with their inputs and thresholds, under Q
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import highdicom as hd
@@ -174,34 +174,34 @@ def _private(value: str) -> Code:
 def _groups(
     findings: Findings, analysis: Analysis, sources: _Segments
 ) -> Iterator[hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations]:
-    infected = findings.lesions > 0
+    infection = _largest_outline((plane > 0 for plane in findings.lesions), analysis)
     # The statement about the scan goes with the infection, and without one with the first lung.
-    pending = None if infected.any() else _scan_level(findings)
+    pending = None if infection else _scan_level(findings)
     for value, name, region, code in (
         (RIGHT, "Right lung", findings.right, RIGHT_LUNG),
         (LEFT, "Left lung", findings.left, LEFT_LUNG),
     ):
-        mask = findings.lungs == value
-        if mask.any():
+        outline = _largest_outline((plane == value for plane in findings.lungs), analysis)
+        if outline:
             yield _group(
                 analysis,
                 f"{name.lower().replace(' ', '-')}",
                 name,
                 code,
                 _site(name.split()[0]),
-                _largest_outline(mask, analysis),
+                outline,
                 _lung_measurements(region, name, value, sources),
                 pending,
             )
             pending = None
-    if infected.any():
+    if infection:
         yield _group(
             analysis,
             "infection",
             "Infection, both lungs",
             PNEUMONIA,
             hd.sr.FindingSite(anatomic_location=codes.SCT.Lung),
-            _largest_outline(infected, analysis),
+            infection,
             [
                 _measure(_private("105"), 100 * findings.both.infected_share, _PERCENT, 2),
                 sources.source(
@@ -319,9 +319,13 @@ def _site(side: str) -> hd.sr.FindingSite:
     return hd.sr.FindingSite(anatomic_location=codes.SCT.Lung, laterality=laterality)
 
 
-def _largest_outline(mask: NDArray[np.bool_], analysis: Analysis) -> hd.sr.ImageRegion:
-    index = int(np.count_nonzero(mask, axis=(1, 2)).argmax())
-    return _outline(mask[index], index, analysis)
+def _largest_outline(planes: Iterable[NDArray[np.bool_]], analysis: Analysis) -> hd.sr.ImageRegion | None:
+    """Outline on the plane that shows most, the first of equal ones; None where none shows anything."""
+    most, largest = 0, None
+    for index, plane in enumerate(planes):
+        if (area := int(np.count_nonzero(plane))) > most:
+            most, largest = area, (plane, index)
+    return _outline(*largest, analysis) if largest else None
 
 
 def _outline(plane: NDArray[np.bool_], index: int, analysis: Analysis) -> hd.sr.ImageRegion:

@@ -121,14 +121,13 @@ def build(volume: Volume, findings: Findings, analysis: Analysis, kind: str, for
 
 def labels(kind: str, findings: Findings) -> NDArray[np.uint8]:
     """Segment number of every voxel, 0 for none, by `segments`."""
-    numbers = np.zeros(3, np.uint8)
-    for segment in segments(kind, findings):
-        numbers[segment.side] = segment.number
-    values = np.empty(findings.lungs.shape, np.uint8)
+    present = segments(kind, findings)
+    values = np.zeros(findings.lungs.shape, np.uint8)
     # Slice by slice: whole arrays in between would cost three times the memory, and the time to fetch it.
     for lungs, lesions, plane in zip(findings.lungs, findings.lesions, values, strict=True):
-        np.take(numbers, lungs, out=plane)
-        plane *= (lesions > 0) == (kind == "infection-seg")
+        here = (lesions > 0) == (kind == "infection-seg")
+        for segment in present:
+            plane += np.uint8(segment.number) * (here & (lungs == segment.side))
     return values
 
 
@@ -176,23 +175,25 @@ def _grid(volume: Volume, analysis: Analysis) -> list[Dataset]:
     header = analysis.header
     thickness = header.get("SliceThickness") or _ds(slice_spacing)
     axes = volume.affine[:3, :2] / np.linalg.norm(volume.affine[:3, :2], axis=0)
+    common = Dataset()
+    common.SOPClassUID = CTImageStorage
+    common.StudyInstanceUID, common.SeriesInstanceUID = volume.study_instance_uid, volume.series_instance_uid
+    common.FrameOfReferenceUID = volume.frame_of_reference_uid or analysis.uid("frame of reference")
+    common.PositionReferenceIndicator = header.get("PositionReferenceIndicator", "")
+    common.Modality, common.Rows, common.Columns = "CT", rows, columns
+    common.ImageOrientationPatient = [_ds(cosine) for cosine in axes.T.ravel()]
+    common.PixelSpacing = [_ds(row_spacing), _ds(column_spacing)]
+    common.SliceThickness, common.SpacingBetweenSlices = thickness, _ds(slice_spacing)
+    common.PatientID = common.PatientName = common.PatientBirthDate = common.PatientSex = ""
+    common.StudyID = common.StudyDate = common.StudyTime = common.AccessionNumber = ""
+    for keyword in ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"):
+        if keyword in header:
+            common[keyword] = header[keyword]
     grid = []
     for number, source in enumerate(volume.sources):
-        image = Dataset()
-        image.SOPClassUID, image.SOPInstanceUID = CTImageStorage, _stand_in(number)
-        image.StudyInstanceUID, image.SeriesInstanceUID = volume.study_instance_uid, volume.series_instance_uid
-        image.FrameOfReferenceUID = volume.frame_of_reference_uid or analysis.uid("frame of reference")
-        image.PositionReferenceIndicator = header.get("PositionReferenceIndicator", "")
-        image.Modality, image.Rows, image.Columns = "CT", rows, columns
-        image.ImageOrientationPatient = [_ds(cosine) for cosine in axes.T.ravel()]
+        image = Dataset(dict(common.items()))  # shares the elements, which nobody changes
+        image.SOPInstanceUID = _stand_in(number)
         image.ImagePositionPatient = [_ds(coordinate) for coordinate in source.position]
-        image.PixelSpacing = [_ds(row_spacing), _ds(column_spacing)]
-        image.SliceThickness, image.SpacingBetweenSlices = thickness, _ds(slice_spacing)
-        image.PatientID = image.PatientName = image.PatientBirthDate = image.PatientSex = ""
-        image.StudyID = image.StudyDate = image.StudyTime = image.AccessionNumber = ""
-        for keyword in ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"):
-            if keyword in header:
-                image[keyword] = header[keyword]
         grid.append(image)
     return grid
 
