@@ -1,0 +1,118 @@
+"""What a new result is compared with: earlier studies of the same patient by the same models, as the ledger has it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_chest import MODELS, Shape, make_chest
+
+from node import earlier
+from node.analysis.summary import summary
+from node.ledger import Analysis, Ledger
+
+
+class Archive:
+    """Received series with their analyses: files in a spool, rows in a ledger."""
+
+    def __init__(self, ledger: Ledger, spool: Path) -> None:
+        self.ledger, self.spool = ledger, spool
+        self._count = 0
+
+    def add(
+        self,
+        day: str,
+        lesion: Any = ((-75.0, 45.0, 0.0), 30.0),
+        study: str = "",
+        state: str = "done",
+        models: Any = MODELS,
+        **attributes: Any,
+    ) -> int:
+        """One series of one slice in the spool; gives its row's id."""
+        self._count += 1
+        study, name = study or f"1.2.3.{self._count}", f"1.2.4.{self._count}"
+        told = {"StudyDate": day, "StudyInstanceUID": study, **attributes}
+        chest = make_chest(
+            self.spool / name, Shape(slices=1, rows=24, columns=24, extent=(10, 300, 360), attributes=told), [lesion]
+        )
+        findings = replace(chest.findings, models=models)
+        with self.ledger() as session:
+            row = self.ledger.add_series(
+                session,
+                name,
+                study,
+                [name],
+                calling_ae="CT",
+                instances=[f"{name}/0000.dcm"],
+                complete=True,
+                closed_because="",
+                verdict="",
+            )
+            assert row is not None
+            told_in = json.loads(json.dumps(summary(findings, chest.volume)))
+            row.analyses.append(Analysis(route="r", destinations={}, state=state, summary=told_in))
+            session.flush()
+            return int(row.id)
+
+    def before(self, series_id: int, models: Any = MODELS) -> list[earlier.Earlier]:
+        return earlier.results_of(self.ledger, self.spool, series_id, models)
+
+
+@pytest.fixture
+def archive(ledger: Ledger, tmp_path: Path) -> Archive:
+    return Archive(ledger, tmp_path / "spool")
+
+
+def test_earlier_studies_are_told_from_the_first(archive: Archive) -> None:
+    archive.add("20260301", ((-75.0, 45.0, 0.0), 20.0))
+    archive.add("20260101", ((-75.0, 45.0, 0.0), 40.0))
+    first, second = archive.before(archive.add("20260310"))
+    assert (first.day, second.day) == (date(2026, 1, 1), date(2026, 3, 1))
+    assert first.infected_ml > second.infected_ml > 0
+    assert first.infected_share > second.infected_share > 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"PatientID": "LUNG-2"},
+        {"PatientBirthDate": "19600102"},
+        {"IssuerOfPatientID": "another hospital"},
+        {"day": "20260310"},
+        {"day": "20260311"},
+        {"day": ""},
+        {"state": "failed"},
+        {"models": (MODELS[0], replace(MODELS[1], version="9.9.9"))},
+        {"study": "1.2.3.99"},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_what_cannot_be_compared_is_left_out(archive: Archive, other: dict[str, Any]) -> None:
+    archive.add(**{"day": "20260301", **other})
+    assert archive.before(archive.add("20260310", study="1.2.3.99")) == []
+
+
+def test_a_patient_without_an_id_is_compared_with_nobody(archive: Archive) -> None:
+    archive.add("20260301", PatientID="")
+    assert archive.before(archive.add("20260310", PatientID="")) == []
+
+
+def test_the_latest_analysis_of_a_study_counts(archive: Archive) -> None:
+    archive.add("20260301", ((-75.0, 45.0, 0.0), 20.0), study="1.2.3.50")
+    archive.add("20260301", ((-75.0, 45.0, 0.0), 40.0), study="1.2.3.50")
+    (only,) = archive.before(now := archive.add("20260310"))
+    archive.add("20260302", ((-75.0, 45.0, 0.0), 40.0))
+    assert only.infected_ml == archive.before(now)[1].infected_ml
+
+
+def test_files_that_were_dropped_or_damaged_are_passed_over(archive: Archive) -> None:
+    kept, dropped, damaged = (archive.add(f"2026030{n}") for n in (1, 2, 3))
+    (archive.spool / f"1.2.4.{dropped}" / "0000.dcm").unlink()
+    (archive.spool / f"1.2.4.{damaged}" / "0000.dcm").write_bytes(b"no DICOM")
+    found = archive.before(archive.add("20260310"))
+    assert kept
+    assert [one.day for one in found] == [date(2026, 3, 1)]
