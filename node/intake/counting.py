@@ -27,6 +27,9 @@ TIMEOUT_S = 3.0
 #: Questions under way at a time; an archive that does not answer holds up other questions and nothing else.
 AT_ONCE = 4
 
+#: What is asked with (PS3.4 C.6.2).
+QUERY_MODEL = StudyRootQueryRetrieveInformationModelFind
+
 #: C-FIND statuses: a match follows (PS3.4 C.4.1.1.4).
 _PENDING = (0xFF00, 0xFF01)
 
@@ -69,7 +72,7 @@ def count_instances(peer: Peer, ae_title: str, study_uid: str, series_uid: str) 
     """Number of Series Related Instances (0020,1209) as the peer has it; None when it does not say."""
     ae = AE(ae_title)
     ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = TIMEOUT_S
-    ae.add_requested_context(StudyRootQueryRetrieveInformationModelFind)
+    ae.add_requested_context(QUERY_MODEL)
     association = ae.associate(peer.host, peer.port, ae_title=peer.ae_title)
     count = None
     if association.is_established:
@@ -77,7 +80,7 @@ def count_instances(peer: Peer, ae_title: str, study_uid: str, series_uid: str) 
         query.QueryRetrieveLevel = "SERIES"
         query.StudyInstanceUID, query.SeriesInstanceUID = study_uid, series_uid
         query.NumberOfSeriesRelatedInstances = ""
-        for status, found in association.send_c_find(query, StudyRootQueryRetrieveInformationModelFind):
+        for status, found in association.send_c_find(query, QUERY_MODEL):
             if status.get("Status") in _PENDING and found is not None and found.get("SeriesInstanceUID") == series_uid:
                 count = int(found.get("NumberOfSeriesRelatedInstances") or 0) or None
         association.release()

@@ -82,7 +82,7 @@ def make_chest(
     hu = np.where(labels > 0, -300 + noise, hu).round().astype(np.int16)
     headers, sources = _write(folder, shape, affine, hu)
     volume = Volume(hu, affine, sources, "1.2.826.0.1.9.1", "1.2.826.0.1.9.2", "1.2.826.0.1.9.3")
-    return Chest(volume, _findings(volume, lungs, labels, len(lesions)), headers)
+    return Chest(volume, findings_of(volume, lungs, labels, len(lesions)), headers)
 
 
 def _affine(shape: Shape) -> NDArray[np.float64]:
@@ -153,7 +153,8 @@ def _header(shape: Shape, affine: NDArray[np.float64], k: int, position: NDArray
     return image
 
 
-def _findings(volume: Volume, lungs: NDArray[np.uint8], labels: NDArray[np.int32], count: int) -> Findings:
+def findings_of(volume: Volume, lungs: NDArray[np.uint8], labels: NDArray[np.int32], count: int) -> Findings:
+    """What an analysis would say of these masks; lesions are labelled 1 to `count`."""
     order = sorted(range(1, count + 1), key=lambda label: -int((labels == label).sum()))
     ranked = np.zeros_like(labels)
     for rank, label in enumerate(order, 1):
@@ -210,4 +211,4 @@ def crude_findings(volume: Volume) -> Findings:
     air = (volume.hu < -600) & inside
     lungs = np.where(air, np.where(np.arange(volume.hu.shape[2]) < volume.hu.shape[2] // 2, RIGHT, LEFT), 0)
     labels = np.where((volume.hu > -750) & air, 1, 0).astype(np.int32)
-    return _findings(volume, lungs.astype(np.uint8), labels, 1)
+    return findings_of(volume, lungs.astype(np.uint8), labels, 1)
