@@ -1,6 +1,7 @@
 # make demo   a node on this machine, a CT sent through it, and the picture that comes back
 # make test   all tests, with real peers (Orthanc, DCMTK, dicom3tools, Redis, OHIF in Chromium), installed where this may be done
 # make faults the tests of what goes wrong, long: LUNGNODE_FAULT_ROUNDS rounds of each, from LUNGNODE_FAULT_SEED
+# make pictures   the README's pictures anew, from the results of a real case in OHIF; needs the data of tests/viewer
 # Each makes a virtual environment in .venv first. PYTHON=python3.12 chooses another interpreter, DIR=folder the demo's CT.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 DIR ?=
 PYTEST ?=
 
-.PHONY: demo test faults lint types format bench peers clean
+.PHONY: demo test faults lint types format bench pictures peers clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/runtime
@@ -37,6 +38,10 @@ format: $(VENV)/develop
 bench: $(VENV)/develop peers
 	@$(BIN)/python benchmarks/intake.py
 	@$(BIN)/python benchmarks/journey.py
+
+pictures: $(VENV)/develop peers
+	@$(BIN)/pytest tests/viewer $(PYTEST)
+	@$(BIN)/python tests/viewer/pictures.py
 
 peers:
 	@sh tests/peers.sh

@@ -164,29 +164,44 @@ class Viewer:
         self.shoot("gave-up")
         pytest.fail(f"waited {PATIENCE} s for {what}; screenshot in {self.folder}; {self.complaints}")
 
-    def state(self) -> dict[str, Any]:
-        """Display sets, and the voxels of each segmentation by label as the viewer holds them."""
-        return dict(self.page.evaluate(_STATE) or {"sets": [], "segmentations": {}})
+    def sets(self) -> list[dict[str, Any]]:
+        """Display sets: what the viewer made of each series."""
+        return list(self.page.evaluate(_SETS) or [])
 
     def series(self, uid: str) -> dict[str, Any] | None:
         """The display set of a series."""
-        return next((one for one in self.state()["sets"] if one["series"] == uid), None)
+        return next((one for one in self.sets() if one["series"] == uid), None)
 
-    def load(self, description: str) -> float:
-        """Double-click a series and say yes to what is asked; gives the seconds until it is asked or shown."""
-        thumbnail = self.page.locator('[data-cy^="study-browser-thumbnail"]').filter(
-            has=self.page.get_by_text(description, exact=True)
-        )
-        begin = time.monotonic()
-        thumbnail.first.scroll_into_view_if_needed()
-        thumbnail.first.dblclick()
-        return time.monotonic() - begin
+    def open(self, uid: str) -> dict[str, Any]:
+        """Double-click a series' thumbnail; gives its display set once a viewport shows it."""
+        found = self.until(lambda: self.series(uid), "the series in the study browser")
+        thumbnail = self.page.locator(f'[id="thumbnail-{found["uid"]}"]')
+        thumbnail.scroll_into_view_if_needed()
+        thumbnail.dblclick()
+        return dict(self.until(lambda: (self.series(uid) or {}).get("shown") and self.series(uid), "the series shown"))
 
-    def hydrate(self) -> None:
-        """Say yes to 'Do you want to open this segmentation?'."""
+    def open_segmentation(self, uid: str) -> dict[str, Any]:
+        """Open a segmentation's series and say yes to what is asked; gives the voxels that the viewer holds."""
+        found = self.until(lambda: self.series(uid), "the segmentation in the study browser")
+        thumbnail = self.page.locator(f'[id="thumbnail-{found["uid"]}"]')
+        thumbnail.scroll_into_view_if_needed()
+        thumbnail.dblclick()
         button = self.page.locator('[data-cy="yes-hydrate-btn"]')
         self.until(button.count, "the question whether to open the segmentation")
         button.first.click()
+        self.until(lambda: self.page.evaluate(_HOLDS, found["uid"]), "the segmentation's voxels")
+        return dict(self.page.evaluate(_VOXELS, found["uid"]))
+
+    def present(self, sop_instance_uid: str = "") -> None:
+        """Show the active viewport in the lung window, and the slice of this instance if one is named."""
+
+        def stays() -> bool:
+            # The viewer goes to the first slice of what it has opened, in its own time.
+            self.page.evaluate(_PRESENT, sop_instance_uid)
+            self.page.wait_for_timeout(1500)
+            return bool(self.page.evaluate(_PRESENT, sop_instance_uid))
+
+        self.until(stays, "the slice in the lung window")
 
     def shoot(self, name: str) -> Any:
         """Screenshot into the folder; gives it as an array of RGB."""
@@ -196,32 +211,46 @@ class Viewer:
         self.page.screenshot(path=self.folder / f"{name}.png")
         return np.asarray(Image.open(self.folder / f"{name}.png").convert("RGB"), int)
 
+    def until_picture(self, name: str, shows: Callable[[Any], bool]) -> Any:
+        """Screenshot once it shows what it should; fail after a while."""
+        return self.until(lambda: shows(picture := self.shoot(name)) and [picture], f"what {name}.png should show")[0]
+
     def notices(self) -> list[str]:
         """Toasts and dialogs on the page."""
         return list(self.page.evaluate(_NOTICES))
 
 
 @contextmanager
-def opened(base: str, browser: str, study: str, folder: Path, wait_for_images: int) -> Iterator[Viewer]:
-    """A viewer on `study`, once its images are there."""
+def running_browser(program: str) -> Iterator[Any]:
+    """A headless Chromium."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser, args=_FLAGS)
-        page = chromium.new_page(viewport={"width": 1600, "height": 950})
-        page.set_default_timeout(PATIENCE * 1000)
-        viewer = Viewer(page, folder)
-        page.add_init_script("localStorage.setItem('shownTours', JSON.stringify(['basicViewerTour']))")
-        page.on("console", lambda told: viewer.complaints.append(told.text) if told.type == "error" else None)
-        page.on("pageerror", lambda error: viewer.complaints.append(f"page error: {error}"))
-        page.on("crash", lambda: viewer.complaints.append("the page crashed"))
+        chromium = playwright.chromium.launch(executable_path=program, args=_FLAGS)
         try:
-            page.goto(f"{base}/viewer?StudyInstanceUIDs={study}")
-            page.locator(".cornerstone-canvas").first.wait_for()
-            viewer.until(lambda: page.evaluate(_IMAGES) >= wait_for_images, "the images of the series")
-            yield viewer
+            yield chromium
         finally:
             chromium.close()
+
+
+@contextmanager
+def opened(browser: Any, base: str, study: str, folder: Path) -> Iterator[Viewer]:
+    """A viewer on `study`, once it shows its first image."""
+    page = browser.new_page(viewport={"width": 1600, "height": 950})
+    page.set_default_timeout(PATIENCE * 1000)
+    viewer = Viewer(page, folder)
+    # The frame of an embedded document has no storage.
+    page.add_init_script("window.localStorage?.setItem('shownTours', JSON.stringify(['basicViewerTour']))")
+    page.on("console", lambda told: viewer.complaints.append(told.text) if told.type == "error" else None)
+    page.on("pageerror", lambda error: viewer.complaints.append(f"page error: {error}"))
+    page.on("crash", lambda: viewer.complaints.append("the page crashed"))
+    try:
+        page.goto(f"{base}/viewer?StudyInstanceUIDs={study}")
+        page.locator(".cornerstone-canvas").first.wait_for()
+        viewer.until(lambda: page.evaluate(_IMAGES) > 0, "the first image")
+        yield viewer
+    finally:
+        page.close()
 
 
 _IMAGES = """() => { const c = window.cornerstone && window.cornerstone.cache;
@@ -230,30 +259,49 @@ _IMAGES = """() => { const c = window.cornerstone && window.cornerstone.cache;
 _NOTICES = """() => [...document.querySelectorAll('[data-sonner-toast],[role=alert],[role=dialog],[role=alertdialog]')]
   .map(e => e.innerText.replace(/\\n/g, ' | ').slice(0, 300))"""
 
-_STATE = """() => {
-  const S = window.services, cs = window.cornerstone; if (!S || !cs) return null;
-  const sets = S.displaySetService.getActiveDisplaySets().map(d => ({
+_SETS = """() => {
+  const S = window.services; if (!S) return null;
+  return S.displaySetService.getActiveDisplaySets().map(d => ({
     uid: d.displaySetInstanceUID, series: d.SeriesInstanceUID, modality: d.Modality, loaded: !!d.isLoaded,
-    unsupported: !!d.unsupported,
+    unsupported: !!d.unsupported, handler: d.SOPClassHandlerId, pages: d.numImageFrames || 0,
     shown: [...S.viewportGridService.getState().viewports.values()].some(
       v => v.displaySetInstanceUIDs.includes(d.displaySetInstanceUID)),
     groups: (d.measurements || []).map(m => ({name: m.TrackingIdentifier || m.label, loaded: !!m.loaded,
       on_image: !!m.imageId, outlines: (m.coords || []).length,
       values: (m.labels || []).map(l => l.label + ': ' + l.value)}))
   }));
-  const segmentations = {};
-  for (const s of S.segmentationService.getSegmentations() || []) {
-    const map = s.representationData && s.representationData.Labelmap; if (!map) continue;
-    const ids = new Set(map.imageIds || []);
-    for (const l of Object.values(map.labelmaps || {})) (l.imageIds || []).forEach(i => ids.add(i));
-    const counts = {};
-    for (const id of ids) {
-      const image = cs.cache.getImage(id); if (!image) continue;
-      const data = image.voxelManager ? image.voxelManager.getScalarData() : image.getPixelData();
-      for (let k = 0; k < data.length; k++) if (data[k]) counts[data[k]] = (counts[data[k]] || 0) + 1;
-    }
-    segmentations[s.segmentationId] = {counts,
-      names: Object.fromEntries(Object.values(s.segments || {}).filter(Boolean).map(x => [x.segmentIndex, x.label]))};
+}"""
+
+#: Lung window and slice as wanted; whether they were already. C -600 W 1500 HU, as the captures have it.
+_PRESENT = """async uid => {
+  const S = window.services, id = S.viewportGridService.getActiveViewportId();
+  const viewport = S.cornerstoneViewportService.getCornerstoneViewport(id);
+  const found = uid ? viewport.getImageIds().findIndex(one => one.includes(`/instances/${uid}/`)) : -1;
+  const index = found < 0 ? viewport.getCurrentImageIdIndex() : found, range = viewport.getProperties().voiRange;
+  const there = index === viewport.getCurrentImageIdIndex() && range && Math.abs(range.lower + 1350) < 2;
+  await viewport.setImageIdIndex(index);
+  viewport.setProperties({voiRange: {lower: -1350, upper: 150}});
+  viewport.render();
+  return !!there;
+}"""
+
+_HOLDS = """uid => { const s = window.services.segmentationService.getSegmentation(uid);
+  return !!(s && s.representationData && s.representationData.Labelmap); }"""
+
+#: The voxels of a segmentation by label, as the viewer holds them.
+_VOXELS = """uid => {
+  const service = window.services.segmentationService, s = service.getSegmentation(uid);
+  const map = s.representationData.Labelmap, segments = Object.values(s.segments || {}).filter(Boolean);
+  const ids = new Set(map.imageIds || []);
+  for (const l of Object.values(map.labelmaps || {})) (l.imageIds || []).forEach(i => ids.add(i));
+  const counts = {};
+  for (const id of ids) {
+    const image = window.cornerstone.cache.getImage(id); if (!image) continue;
+    const data = image.voxelManager ? image.voxelManager.getScalarData() : image.getPixelData();
+    for (let k = 0; k < data.length; k++) if (data[k]) counts[data[k]] = (counts[data[k]] || 0) + 1;
   }
-  return {sets, segmentations};
+  return {counts,
+    names: Object.fromEntries(segments.map(x => [x.segmentIndex, x.label])),
+    colours: Object.fromEntries(segments.map(x => [x.segmentIndex, [...service.getSegmentColor(
+      window.services.viewportGridService.getActiveViewportId(), uid, x.segmentIndex)].slice(0, 3)]))};
 }"""
