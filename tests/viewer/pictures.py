@@ -30,7 +30,7 @@ def main() -> None:
         with Image.open(REPOSITORY / "viewer-out" / f"{name}.png") as shot:
             seen = shot.convert("RGB").crop(part or (0, 0, *shot.size))
         small = seen.resize((width, round(width * seen.height / seen.width)), Image.Resampling.LANCZOS)
-        # A palette makes a file a third as large; this way of choosing it keeps colours that are rare; kmeans smooths the greys.
+        # A palette makes a file a third as large; chosen so that rare colours stay and greys are smooth.
         small = small.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
         small.save(REPOSITORY / "docs" / f"{picture}.png", optimize=True)
 
