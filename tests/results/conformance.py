@@ -54,7 +54,7 @@ def tables(folder: Path) -> dict[str, str]:
     told = {
         "classes": _classes(one.objects),
         "syntaxes": _rows(("transfer syntax", "UID"), ((UID(uid).name, uid) for uid in listener.TRANSFER_SYNTAXES)),
-        "limits": _limits(),
+        "limits": limits(),
         "common": _attributes(one, other, "infection-seg", common, among=True),
         "codes": _codes(one.objects),
     }
@@ -140,7 +140,7 @@ def _name(uid: str) -> str:
     return "Label Map Segmentation Storage" if UID(uid).name == uid else UID(uid).name
 
 
-def _limits() -> str:
+def limits() -> str:
     told = [
         ("application context", "1.2.840.10008.3.1.1.1"),
         ("implementation class UID", listener.IMPLEMENTATION_CLASS_UID),

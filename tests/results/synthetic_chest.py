@@ -66,20 +66,22 @@ def make_chest(
     The chest's middle is the origin of the patient coordinates; lungs are ellipsoids at x = ±75 mm.
     """
     affine = _affine(shape)
-    grid = np.indices((shape.columns, shape.rows, shape.slices)).reshape(3, -1)
-    points = (affine[:3, :3] @ grid + affine[:3, 3:]).reshape(3, shape.columns, shape.rows, shape.slices)
-    x, y, z = (axis.transpose(2, 1, 0) for axis in points)
-    lungs = np.zeros(x.shape, np.uint8)
-    for value, middle in ((RIGHT, -75.0), (LEFT, 75.0)):
-        lungs[((x - middle) / 55) ** 2 + (y / 85) ** 2 + (z / 105) ** 2 <= 1] = value
-    labels = np.zeros(x.shape, np.int32)
-    for number, ((cx, cy, cz), radius) in enumerate(lesions, 1):
-        labels[((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2 <= radius**2) & (lungs > 0)] = number
-    body = (x / 165) ** 2 + (y / 120) ** 2 <= 1
-    noise = np.random.default_rng(7).normal(0, 20, x.shape)
-    hu = np.where(body, 40, -1000) + noise
-    hu = np.where(lungs > 0, -850 + noise, hu)
-    hu = np.where(labels > 0, -300 + noise, hu).round().astype(np.int16)
+    size = shape.slices, shape.rows, shape.columns
+    lungs, labels, hu = np.zeros(size, np.uint8), np.zeros(size, np.int32), np.zeros(size, np.int16)
+    rows, columns = np.indices(size[1:])
+    random = np.random.default_rng(7)
+    # Slice by slice: a long series does not fit into memory as coordinates.
+    for k in range(shape.slices):
+        x, y, z = (row[0] * columns + row[1] * rows + row[2] * k + row[3] for row in affine[:3])
+        for value, middle in ((RIGHT, -75.0), (LEFT, 75.0)):
+            lungs[k][((x - middle) / 55) ** 2 + (y / 85) ** 2 + (z / 105) ** 2 <= 1] = value
+        for number, ((cx, cy, cz), radius) in enumerate(lesions, 1):
+            labels[k][((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2 <= radius**2) & (lungs[k] > 0)] = number
+        body = (x / 165) ** 2 + (y / 120) ** 2 <= 1
+        plain = np.where(body, 40, -1000)
+        plain[lungs[k] > 0] = -850
+        plain[labels[k] > 0] = -300
+        hu[k] = (plain + random.normal(0, 20, x.shape)).round()
     headers, sources = _write(folder, shape, affine, hu)
     volume = Volume(hu, affine, sources, "1.2.826.0.1.9.1", "1.2.826.0.1.9.2", "1.2.826.0.1.9.3")
     return Chest(volume, findings_of(volume, lungs, labels, len(lesions)), headers)
@@ -206,9 +208,9 @@ def _lesion(volume: Volume, lungs: NDArray[np.uint8], mask: NDArray[np.bool_], l
 
 
 def crude_findings(volume: Volume) -> Findings:
-    """Findings of a real volume by thresholds, good enough to have the shape of real ones."""
+    """Findings of a real volume by thresholds, good enough to have the shape of real ones; a lesion in each lung."""
     inside = ndimage.binary_fill_holes((volume.hu[volume.hu.shape[0] // 2] > -500).astype(bool))
     air = (volume.hu < -600) & inside
     lungs = np.where(air, np.where(np.arange(volume.hu.shape[2]) < volume.hu.shape[2] // 2, RIGHT, LEFT), 0)
-    labels = np.where((volume.hu > -750) & air, 1, 0).astype(np.int32)
-    return findings_of(volume, lungs.astype(np.uint8), labels, 1)
+    labels = np.where((volume.hu > -750) & air, lungs, 0).astype(np.int32)
+    return findings_of(volume, lungs.astype(np.uint8), labels, 2)

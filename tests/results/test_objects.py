@@ -26,6 +26,7 @@ from synthetic_chest import (
     Chest,
     Shape,
     crude_findings,
+    findings_of,
     make_chest,
 )
 
@@ -47,7 +48,7 @@ STORED = {
     "coronal": Shape(slices=30, orientation=(1.0, 0.0, 0.0, 0.0, 0.0, -1.0), extent=(300.0, 240.0, 360.0)),
     "sagittal": Shape(slices=36, orientation=(0.0, 1.0, 0.0, 0.0, 0.0, -1.0), extent=(360.0, 240.0, 300.0)),
     "feet first prone": Shape(orientation=(1.0, 0.0, 0.0, 0.0, -1.0, 0.0), patient_position="FFP"),
-    "overlapping": Shape(slices=60, attributes={"SliceThickness": "8.0"}),
+    "2 mm overlapping": Shape(slices=120, rows=40, columns=40, attributes={"SliceThickness": "5.0"}),
     "7 x 13": Shape(slices=9, rows=7, columns=13),
     "Japanese": Shape(
         rows=40,
@@ -64,11 +65,41 @@ STORED = {
 }
 
 
-@pytest.fixture(scope="module", params=STORED)
+#: Real series: P001 as it is, and a part of it as one multi-frame instance.
+REAL = ("P001", "P001 multi-frame")
+
+
+@pytest.fixture(scope="module", params=[*STORED, *(pytest.param(name, marks=pytest.mark.data) for name in REAL)])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Chest, dict[str, Path]]:
     folder = tmp_path_factory.mktemp("chest")
-    chest = make_chest(folder / "ct", STORED[request.param], [LEFT_LOWER, RIGHT_UPPER_POSTERIOR])
+    if request.param in REAL:
+        paths = real_series(request.getfixturevalue("data_dir"), "P001")
+        chest = crude_chest([multi_frame(paths[50:90], folder)] if "multi" in request.param else paths)
+    else:
+        chest = make_chest(folder / "ct", STORED[request.param], [LEFT_LOWER, RIGHT_UPPER_POSTERIOR])
     return chest, build(chest, folder)
+
+
+def real_series(data_dir: Path, name: str) -> list[Path]:
+    """Files of a real series in the order of its slices."""
+    folder = data_dir / "ct-series" / "covid-ct-md" / name
+    return sorted(folder.glob("*.dcm"), key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))
+
+
+def crude_chest(paths: list[Path]) -> Chest:
+    """A real series with masks by thresholds."""
+    volume = read_volume(paths)
+    return Chest(volume, crude_findings(volume), [])
+
+
+def multi_frame(paths: list[Path], folder: Path) -> Path:
+    """Real slices as one Legacy Converted Enhanced CT instance, made by highdicom."""
+    slices = [pydicom.dcmread(path) for path in paths]
+    for one in slices:
+        one.decompress()
+    image = hd.legacy.LegacyConvertedEnhancedCTImage(slices, hd.UID(), 7, hd.UID(), 1)
+    image.save_as(folder / "multi-frame.dcm")
+    return folder / "multi-frame.dcm"
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +157,9 @@ def test_dciodvfy_finds_no_error(made: tuple[Chest, dict[str, Path]]) -> None:
 
 
 @pytest.mark.peer
-def test_results_and_sources_are_one_study(one_lesion: tuple[Chest, dict[str, Path]]) -> None:
-    chest, paths = one_lesion
-    files = [source.path for source in chest.volume.sources] + list(paths.values())
+def test_results_and_sources_are_one_study(made: tuple[Chest, dict[str, Path]]) -> None:
+    chest, paths = made
+    files = {source.path for source in chest.volume.sources} | set(paths.values())
     told = subprocess.run([tool("dcentvfy"), *files], capture_output=True, text=True)
     assert [line for line in (told.stdout + told.stderr).splitlines() if line.startswith("Error")] == []
 
@@ -159,19 +190,19 @@ def test_dcmqi_reads_every_voxel_in_its_place(
     image = SimpleITK.ReadImage(str(tmp_path / "mask-1.nrrd"))
     read = SimpleITK.GetArrayFromImage(image)
     # The reader's grid spans the slices with something on them, in an order of its own: go through the patient.
-    placed = np.zeros_like(chest.findings.lungs)
-    voxels = np.argwhere(read)
+    found = np.argwhere(read)
+    direction = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    points = found[:, ::-1] @ direction.T + image.GetOrigin()
     inverse = np.linalg.inv(chest.volume.affine)
-    for k, j, i in voxels:
-        point = image.TransformIndexToPhysicalPoint((int(i), int(j), int(k)))
-        column, row, plane = (inverse[:3, :3] @ point + inverse[:3, 3]).round().astype(int)
-        placed[plane, row, column] = read[k, j, i]
+    column, row, plane = (points @ inverse[:3, :3].T + inverse[:3, 3]).round().astype(int).T
+    placed = np.zeros_like(chest.findings.lungs)
+    placed[plane, row, column] = read[tuple(found.T)]
     assert np.array_equal(placed, expected)
 
 
 def test_every_frame_names_the_slice_it_lies_on(made: tuple[Chest, dict[str, Path]]) -> None:
     chest, paths = made
-    positions = {source.sop_instance_uid: source.position for source in chest.volume.sources}
+    positions = {(source.sop_instance_uid, source.frame): source.position for source in chest.volume.sources}
     for kind in ("lung-seg", "infection-seg"):
         seg = pydicom.dcmread(paths[kind])
         assert seg.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.1"
@@ -180,11 +211,14 @@ def test_every_frame_names_the_slice_it_lies_on(made: tuple[Chest, dict[str, Pat
         assert all("RecommendedDisplayCIELabValue" in segment for segment in seg.SegmentSequence)
         (series,) = seg.ReferencedSeriesSequence
         assert series.SeriesInstanceUID == chest.volume.series_instance_uid
-        assert {item.ReferencedSOPInstanceUID for item in series.ReferencedInstanceSequence} == set(positions)
+        assert {item.ReferencedSOPInstanceUID for item in series.ReferencedInstanceSequence} == {
+            uid for uid, _ in positions
+        }
         for frame in seg.PerFrameFunctionalGroupsSequence:
             (source,) = frame.DerivationImageSequence[0].SourceImageSequence
             here = [float(value) for value in frame.PlanePositionSequence[0].ImagePositionPatient]
-            assert here == pytest.approx(positions[source.ReferencedSOPInstanceUID], abs=1e-6)
+            named = source.ReferencedSOPInstanceUID, source.get("ReferencedFrameNumber")
+            assert here == pytest.approx(positions[named], abs=1e-6)
         assert seg.pixel_array.reshape(seg.NumberOfFrames, -1).any(axis=1).all(), "an empty frame"
 
 
@@ -281,9 +315,11 @@ def test_peers_share_what_they_take_in_the_same_form(one_lesion: tuple[Chest, di
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("slices", [1, 1000])
-def test_one_slice_and_a_thousand(tmp_path: Path, slices: int) -> None:
-    shape = Shape(slices=slices, rows=40, columns=40, extent=(10.0 if slices == 1 else 240.0, 300.0, 360.0))
+@pytest.mark.parametrize("slices", [1, 1000, 2000])
+def test_one_slice_and_thousands(tmp_path: Path, slices: int) -> None:
+    # 2,000 slices show the whole body; lungs on all of them would take dciodvfy minutes.
+    depth = {1: 10.0, 1000: 240.0, 2000: 1000.0}[slices]
+    shape = Shape(slices=slices, rows=40, columns=40, extent=(depth, 300.0, 360.0))
     chest = make_chest(tmp_path / "ct", shape, [((-75.0, 45.0, 0.0), 18.0)])
     paths = build(chest, tmp_path)
     assert set(paths) == set(results.KINDS)
@@ -306,10 +342,12 @@ def test_pdf_is_what_dcmtk_takes_out(one_lesion: tuple[Chest, dict[str, Path]], 
     assert b"/FontFile2" in taken
 
 
-def contour_of(group: Any) -> tuple[str, NDArray[np.float64]]:
+def contour_of(group: Any) -> tuple[tuple[str, int | None], NDArray[np.float64]]:
+    """The instance and frame that an outline lies on, and its points."""
     (region,) = group.roi
     (source,) = region.ContentSequence
-    return source.ReferencedSOPSequence[0].ReferencedSOPInstanceUID, region.value
+    reference = source.ReferencedSOPSequence[0]
+    return (reference.ReferencedSOPInstanceUID, reference.get("ReferencedFrameNumber")), region.value
 
 
 def test_every_group_outlines_its_finding_on_a_source_slice(made: tuple[Chest, dict[str, Path]]) -> None:
@@ -319,10 +357,10 @@ def test_every_group_outlines_its_finding_on_a_source_slice(made: tuple[Chest, d
     masks = [findings.lungs == RIGHT, findings.lungs == LEFT, infected, findings.lesions == 1, findings.lesions == 2]
     groups = groups_of(paths["sr"])
     assert len(groups) == len(masks)
-    names = {source.sop_instance_uid: k for k, source in enumerate(chest.volume.sources)}
+    names = {(source.sop_instance_uid, source.frame): k for k, source in enumerate(chest.volume.sources)}
     for group, mask in zip(groups, masks, strict=True):
-        uid, points = contour_of(group)
-        plane = mask[names[uid]]
+        named, points = contour_of(group)
+        plane = mask[names[named]]
         assert plane.sum() == mask.sum(axis=(1, 2)).max()
         assert np.array_equal(points[0], points[-1])
         rows, columns = np.nonzero(plane)
@@ -360,8 +398,8 @@ def test_tid1500reader_reads_the_measurements(made: tuple[Chest, dict[str, Path]
 
 
 @pytest.mark.peer
-def test_dsrdump_shows_the_statement_with_its_inputs(one_lesion: tuple[Chest, dict[str, Path]]) -> None:
-    chest, paths = one_lesion
+def test_dsrdump_shows_the_statement_with_its_inputs(made: tuple[Chest, dict[str, Path]]) -> None:
+    chest, paths = made
     told = subprocess.run([tool("dsrdump"), "+Pl", paths["sr"]], capture_output=True, text=True, check=True)
     assert told.stderr == ""
     rule = chest.findings.scan.consecutive
@@ -389,7 +427,7 @@ def test_one_small_lesion_lies_right_up_and_back_in_every_object(one_lesion: tup
     assert seen == pytest.approx(middle, abs=3)
     # SR, by the slice that its outline names.
     lesion = groups_of(paths["sr"])[-1]
-    uid, points = contour_of(lesion)
+    (uid, _), points = contour_of(lesion)
     (source,) = [header for header in chest.headers if header.SOPInstanceUID == uid]
     column, row = (points.min(axis=0) + points.max(axis=0)) / 2
     x, y, z = (float(value) for value in source.ImagePositionPatient)
@@ -477,19 +515,28 @@ def test_not_analysed_says_why_in_the_source_study(tmp_path: Path) -> None:
 
 @pytest.mark.data
 @pytest.mark.peer
-def test_a_real_series_gets_sound_objects(data_dir: Path, tmp_path: Path) -> None:
-    """P001: real geometry, and no Patient's Name at all; the masks are crude thresholds."""
-    paths = sorted((data_dir / "ct-series" / "covid-ct-md" / "P001").glob("*.dcm"))
-    volume = read_volume(paths)
-    findings = crude_findings(volume)
-    made = results.build(volume, findings, None, tmp_path, content_datetime=MOMENT)
-    assert [each.kind for each in made] == list(results.KINDS)
-    for each in made:
-        assert errors_of(each.path) == []
-        assert pydicom.dcmread(each.path, stop_before_pixels=True).PatientName == ""
-    seg = hd.seg.segread(made[1].path)
-    read = seg.get_volume(combine_segments=True)
-    assert np.count_nonzero(read.array) == np.count_nonzero(findings.lungs[findings.lesions == 0])
+def test_a_real_healthy_chest_gets_sound_objects(data_dir: Path, tmp_path: Path) -> None:
+    """normal001: real geometry, and no Patient's Name at all; nothing is infected, and the lungs are by a threshold."""
+    chest = crude_chest(real_series(data_dir, "normal001"))
+    lungs = chest.findings.lungs
+    chest = replace(chest, findings=findings_of(chest.volume, lungs, np.zeros(lungs.shape, np.int32), 0))
+    paths = build(chest, tmp_path)
+    assert set(paths) == {"lung-seg", "sr", "capture", "pdf"}
+    for path in paths.values():
+        assert errors_of(path) == []
+        assert pydicom.dcmread(path, stop_before_pixels=True).PatientName == ""
+    test_results_and_sources_are_one_study((chest, paths))
+    test_dcmqi_reads_every_voxel_in_its_place((chest, paths), tmp_path, "lung-seg", "right", "left")
+    test_dsrdump_shows_the_statement_with_its_inputs((chest, paths))
+    out = tmp_path / "sr.json"
+    subprocess.run(
+        [tool("tid1500reader"), "--inputDICOM", paths["sr"], "--outputMetadata", out], check=True, capture_output=True
+    )
+    groups = json.loads(out.read_text())["Measurements"]
+    assert [group["TrackingIdentifier"] for group in groups] == ["Right lung", "Left lung"]
+    told = {item["quantity"]["CodeMeaning"]: float(item["value"]) for item in groups[0]["measurementItems"]}
+    assert told["Volume"] == pytest.approx(chest.findings.right.volume_ml, abs=0.06)
+    assert told["Right lung infected share"] == told["Slices with infection"] == 0
 
 
 def test_an_absent_side_leaves_no_gap_in_the_segment_numbers(tmp_path: Path) -> None:
