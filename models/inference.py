@@ -71,7 +71,7 @@ class Segmentation:
         uint8 [z, y, x]: 0 background, 1 right lung, 2 left lung.
     probability
         float16 [z, y, x]: infection, 0 to 1, 0 outside the lungs. Where a region of at least `threshold` is below the
-        minimum lesion of the model, it is held just under `threshold`.
+        smallest lesion of the model, it is held just under `threshold`.
     threshold
         Probability from which a voxel counts as infected, of the model's metadata.
     timings
@@ -105,6 +105,7 @@ class Segmenter:
     def __init__(self, lungs: Bundle, infection: Bundle, device: str | None = None) -> None:
         self._lungs, self._infection = _Network(lungs, device), _Network(infection, device)
         self._minimum_lesion_mm3 = float(infection.metadata["minimum_lesion_mm3"])
+        self._minimum_extent_mm = float(infection.metadata.get("minimum_extent_mm", 0.0))
         self._threshold = float(infection.metadata["threshold"])
         self._calibration = _calibration(infection)
 
@@ -175,9 +176,9 @@ class Segmenter:
             tell("infection", (row + 1) / len(inside))
         inside *= lungs[box] > 0.2
         positive = inside >= self._threshold
-        smallest = max(1, round(self._minimum_lesion_mm3 / float(np.prod(grid.spacing))))
-        small = positive & ~cc3d.dust(positive, smallest, connectivity=26).astype(bool)
-        inside[small] = 0.99 * self._threshold
+        inside[_crumbs(positive, grid.spacing, self._minimum_lesion_mm3, self._minimum_extent_mm)] = (
+            0.99 * self._threshold
+        )
         return chance
 
 
@@ -195,6 +196,20 @@ class _Grid:
         height, width = (max(1, round(n * s / pixel_mm)) for n, s in zip(hu.shape[1:], spacing[1:], strict=True))
         pixel = hu.shape[1] * spacing[1] / height, hu.shape[2] * spacing[2] / width
         return cls(shrink(hu, slab, (height, width)), (spacing[0] * slab, *pixel))
+
+
+def _crumbs(
+    positive: NDArray[np.bool_], spacing: tuple[float, float, float], minimum_mm3: float, minimum_extent_mm: float
+) -> NDArray[np.bool_]:
+    """What is too small for a lesion: below a volume, or not over more than so many mm from inferior to superior."""
+    label = cc3d.connected_components(positive, connectivity=26)
+    found = cc3d.statistics(label)
+    slabs = np.array([box[0].stop - box[0].start for box in found["bounding_boxes"]])
+    small = found["voxel_counts"] * float(np.prod(spacing)) < minimum_mm3 * (1 - 1e-6)
+    small |= slabs * spacing[0] <= minimum_extent_mm
+    small[0] = False
+    crumbs: NDArray[np.bool_] = small[label]
+    return crumbs
 
 
 def _calibration(infection: Bundle) -> LesionCalibration | None:

@@ -17,9 +17,12 @@ from models.training.evaluate import LESION_OVERLAP, Chance
 
 #: Thickness of a slab, mm (`models.inference.SLAB_MM`): the sets do not say theirs.
 _SLAB_MM = 2.5
-#: Lesions below this are not reported, mm³: a ball of 8 mm. What one slab alone shows, as a vessel that runs along
-#: it does too, is mostly smaller.
-MINIMUM_LESION_MM3 = 300.0
+#: Lesions below this are not reported, mm³: a ball of 6 mm, as in `node.analysis.measure`.
+MINIMUM_LESION_MM3 = 100.0
+#: Nor those that reach over no more than this from inferior to superior, mm. Of what one slab alone shows, as a vessel
+#: that runs along it does too, 39 % were lesions on patients that the network had not seen; of what two slabs show
+#: 74 %, however small.
+MINIMUM_EXTENT_MM = 3.0
 #: Penalty on the weights of standardised features: few lesions must not make the model sure.
 _PENALTY = 1.0
 
@@ -71,7 +74,10 @@ def found_lesions(chances: Iterable[tuple[Patient, Chance]], threshold: float) -
         sums, drawn = np.bincount(of, chance[where]), np.bincount(of, patient.infection[where])
         most = np.zeros(len(sizes))
         np.maximum.at(most, of, chance[where])
-        for n in np.flatnonzero(sizes * voxel_mm3 >= MINIMUM_LESION_MM3):
+        slices = np.array([box[0].stop - box[0].start for box in cc3d.statistics(label)["bounding_boxes"]])
+        # A set of single slices says nothing of the extent.
+        reach = (slices * _SLAB_MM / patient.slab > MINIMUM_EXTENT_MM) | (len(chance) == 1)
+        for n in np.flatnonzero((sizes * voxel_mm3 >= MINIMUM_LESION_MM3) & reach):
             volume, share = float(sizes[n] * voxel_mm3), drawn[n] / sizes[n]
             mean = float(sums[n] / sizes[n])
             lesions.append(FoundLesion(patient.id, mean, float(most[n]), volume, bool(share >= LESION_OVERLAP)))

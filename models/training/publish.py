@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from models.registry import BUNDLES, WEIGHTS, Bundle, data_format, load_bundle
 from models.runtime import export
 from models.training import datasets
-from models.training.calibration import MINIMUM_LESION_MM3, Reliability, calibrate, found_lesions
+from models.training.calibration import MINIMUM_EXTENT_MM, MINIMUM_LESION_MM3, Reliability, calibrate, found_lesions
 from models.training.crossvalidate import read_out_of_fold
 from models.training.datasets import Patient
 from models.training.evaluate import (
@@ -166,7 +166,11 @@ def _measure(task: Task, bundle: Bundle, material: Material, metadata: dict[str,
     else:
         unseen = [*material.out_of_fold, *infection_chances(predict, material.validation)]
         threshold, table = choose_threshold(unseen)
-        metadata |= {"threshold": threshold, "minimum_lesion_mm3": MINIMUM_LESION_MM3}
+        metadata |= {
+            "threshold": threshold,
+            "minimum_lesion_mm3": MINIMUM_LESION_MM3,
+            "minimum_extent_mm": MINIMUM_EXTENT_MM,
+        }
         results = _Results(list(infection_cases(predict, material.test, threshold)), table)
         results.cross_validation = figures_of(judge_infection(material.out_of_fold, threshold))
         lesions = found_lesions(unseen, threshold)

@@ -62,18 +62,19 @@ def test_reliability_by_hand() -> None:
 
 def test_lesions_are_true_when_a_tenth_was_drawn_and_crumbs_are_none() -> None:
     infection = np.zeros((3, 40, 40), bool)
-    infection[1, 0:2, 0:20] = True
+    infection[1:, 0:2, 0:20] = True
     chance = np.zeros(infection.shape, np.float32)
-    chance[1, 0:20, 0:20] = 0.9  # a tenth of it drawn
-    chance[1, 30:36, 30:36] = 0.85  # nothing there
+    chance[1:, 0:20, 0:20] = 0.9  # a tenth of it drawn
+    chance[1:, 30:36, 30:36] = 0.85  # nothing there
     chance[1, 30, 30] = 0.99
-    chance[2, 0, 39] = 1.0  # a crumb
+    chance[1:, 0, 39] = 1.0  # a crumb
+    chance[0, 5:20, 25:39] = 1.0  # what one slab alone shows
     patient = Patient("a", "set", "own", np.zeros(infection.shape, np.int16), None, infection)
     large, small = found_lesions([(patient, chance)], 0.8)
     assert (large.true, small.true) == (True, False)
     assert large.mean == pytest.approx(0.9)
     assert small.maximum == pytest.approx(0.99)
-    assert small.volume_mm3 == pytest.approx(36 * PIXEL_MM**2 * 2.5)
+    assert small.volume_mm3 == pytest.approx(2 * 36 * PIXEL_MM**2 * 2.5)
 
 
 def test_both_kinds_are_needed() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.inference import LEFT, RIGHT, Segmentation, Segmenter, _airways, _largest_each, _without_gas
+from models.inference import LEFT, RIGHT, Segmentation, Segmenter, _airways, _crumbs, _largest_each, _without_gas
 from models.registry import load_bundle
 from models.training.phantom import Phantom, phantom
 
@@ -140,3 +140,20 @@ def test_strays_change_sides_and_dust_goes() -> None:
 def test_what_is_no_volume(segmenter: Segmenter, shape: tuple[int, ...], spacing: tuple[float, float, float]) -> None:
     with pytest.raises(ValueError, match="a volume"):
         segmenter(np.zeros(shape, np.int16), spacing)
+
+
+def test_a_lesion_has_a_volume_and_more_than_one_thin_slab() -> None:
+    positive = np.zeros((4, 12, 12), bool)
+    positive[0, :6, :6] = True  # 162 mm³ on one slab of 2 mm
+    positive[1:3, 8:, 8:] = True  # 144 mm³ over two
+    positive[3, 0, 0] = True
+    spacing = (2.0, 1.5, 1.5)
+    assert np.array_equal(
+        _crumbs(positive, spacing, 100.0, 3.0), positive & ~np.isin(np.arange(4), (1, 2))[:, None, None]
+    )
+    one = (positive * (np.arange(4) == 3)[:, None, None]).astype(bool)
+    assert np.array_equal(_crumbs(positive, spacing, 100.0, 0.0), one)
+    # A slab of 5 mm is more than 3 mm on its own.
+    assert np.array_equal(_crumbs(positive, (5.0, 1.5, 1.5), 100.0, 3.0), one)
+    assert not _crumbs(positive, spacing, 0.0, 0.0).any()
+    assert not _crumbs(np.zeros_like(positive), spacing, 100.0, 3.0).any()
