@@ -14,6 +14,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as Items
 from pydicom.sr.coding import Code
 from pydicom.uid import EncapsulatedPDFStorage
+from reportlab import rl_config
 from reportlab.lib.colors import HexColor
 from reportlab.lib.pagesizes import A4
 from reportlab.lib.styles import ParagraphStyle
@@ -31,6 +32,9 @@ from node.results.drawing import PatientView, axial, projection
 from node.results.identity import MODEL_NAME, NOT_FOR_DIAGNOSIS, Analysis, code_item, describe
 from node.results.statement import LIMITS, coverage, rules, summary
 from node.results.typesetting import MEDIUM, REGULAR, font_file, typographic
+
+#: Pictures as bytes, not as text of five letters for four bytes: a fifth smaller, and encoded in no time.
+rl_config.useA85 = 0
 
 _TITLE = "Chest CT: lungs and pneumonia infection"
 

@@ -125,7 +125,9 @@ def labels(kind: str, findings: Findings) -> NDArray[np.uint8]:
     values = np.zeros(findings.lungs.shape, np.uint8)
     # Slice by slice: whole arrays in between would cost three times the memory, and the time to fetch it.
     for lungs, lesions, plane in zip(findings.lungs, findings.lesions, values, strict=True):
-        here = (lesions > 0) == (kind == "infection-seg")
+        here = lesions > 0 if kind == "infection-seg" else lesions == 0
+        if not here.any():
+            continue
         for segment in present:
             plane += np.uint8(segment.number) * (here & (lungs == segment.side))
     return values
