@@ -54,6 +54,43 @@ def fault_seed() -> int:
     return seed
 
 
+class Story:
+    """What a test of chance says: how far it is, in the long run only, and what came of it, in pytest's summary."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._name = request.node.name
+        self._capture = request.config.pluginmanager.getplugin("capturemanager")
+        self._results = request.config.stash.setdefault(STORIES, [])
+        self._start = time.monotonic()
+
+    def progress(self, text: str) -> None:
+        """Print at once, past pytest's capturing."""
+        if "LUNGNODE_FAULT_ROUNDS" in os.environ:
+            with self._capture.global_and_fixture_disabled():
+                print(f"{time.monotonic() - self._start:7.0f} s  {self._name}: {text}", flush=True)
+
+    def result(self, text: str) -> None:
+        """Keep for the summary at the end."""
+        self._results.append(f"{self._name}: {text}")
+
+
+STORIES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def story(request: pytest.FixtureRequest) -> Story:
+    """Where a test of chance says what it does."""
+    return Story(request)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Show what the tests of chance came to."""
+    if stories := config.stash.get(STORIES, []):
+        terminalreporter.section("what the tests of chance came to")
+        for line in stories:
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     """An empty ledger on disk."""

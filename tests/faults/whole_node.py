@@ -87,8 +87,10 @@ class WholeNode:
         return (self.folder / "node.log").read_text()[-6000:]
 
     def start(self) -> None:
-        path = f"{REPOSITORY / 'tests' / 'faults' / 'quick'}:{REPOSITORY}"
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        here = REPOSITORY / "tests" / "faults"
+        path = f"{here / 'quick'}:{here}:{REPOSITORY}"
+        hold = {"LUNGNODE_FAULT_HOLD": str(self._hold)}
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **hold}
         with (self.folder / "node.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "node", "up", "--config", self.folder / "node.yaml"],
@@ -143,6 +145,31 @@ class WholeNode:
                 victim.kill()
         return bool(victims)
 
+    @property
+    def _hold(self) -> Path:
+        return self.folder / "hold"
+
+    def hold_at(self, step: str) -> None:
+        """Ask the first process that comes to a step (`quick/sitecustomize.py`) to stand still there."""
+        self._hold.with_suffix(".held").unlink(missing_ok=True)
+        part = self._hold.with_suffix(".asked")
+        part.write_text(step)
+        part.rename(self._hold)
+
+    def holds(self, seconds: float) -> bool:
+        """Wait until a process stands at that step."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self._hold.with_suffix(".held").exists():
+                return True
+            time.sleep(0.05)
+        return False
+
+    def go_on(self) -> None:
+        """Let it go on, or nobody stand still any more."""
+        for left in (self._hold, self._hold.with_suffix(".held")):
+            left.unlink(missing_ok=True)
+
     def send(self, seed: int, seconds: float = 180) -> None:
         """Send a series, and again what was not acknowledged, as a modality does."""
         paths = write_series(chest(), self.folder / "ct" / str(seed), seed)
@@ -186,9 +213,13 @@ class WholeNode:
         with suppress_fail(lambda: f"{[status.state(one) for one in self.series()]}\n{self.log}"):
             wait_for(finished, seconds, f"{series} series to be delivered")
 
-    def prove(self) -> None:
-        """Every acknowledged instance is there, byte for byte; every object that was made is in Orthanc, once."""
+    def prove(self) -> str:
+        """Every acknowledged instance is there, byte for byte; every object that was made is in Orthanc, once.
+
+        Nothing is left on its way. Gives the numbers.
+        """
         spool = {path.stem: path for path in (self.data / "spool").glob("*/*/*.dcm")}
+        assert spool.keys() == self.acknowledged.keys()
         for uid, sent in self.acknowledged.items():
             assert dataset_bytes(spool[uid]) == dataset_bytes(sent)
         delivered: list[str] = []
@@ -199,13 +230,14 @@ class WholeNode:
             if complete:
                 assert {"lung-seg", "sr", "capture"} <= set(kinds)
             delivered += [d.object.sop_instance_uid for d in deliveries(one) if d.state == "done"]
-        there = [self.orthanc.get(f"/instances/{name}").json() for name in self.orthanc.get("/instances").json()]
+        there = self.orthanc.get("/instances", expand="").json()
         assert sorted(one["MainDicomTags"]["SOPInstanceUID"] for one in there) == sorted(delivered)
         assert list((self.data / "spool" / "incoming").glob("*")) == []
-
-    def nothing_left_behind(self) -> None:
-        """No half-written file, after a graceful stop no process."""
         assert list(self.data.rglob("*.part")) == []
+        return (
+            f"{len(spool)} instances acknowledged, all on disk byte for byte and no other; "
+            f"{len(there)} objects made, each once in Orthanc and no other; 0 temporary files"
+        )
 
 
 @contextmanager

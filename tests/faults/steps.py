@@ -1,0 +1,27 @@
+"""The named steps at which a process of a whole node is held, so that it or another can be killed just then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from node import reception, results, tasks
+from node.delivery import superseding
+from node.delivery.peer import ByAssociation
+from node.intake.spool import Part
+from node.ledger import Lease
+
+#: Step of the work → the function before (False) or after (True) which it lies.
+STEPS: dict[str, tuple[Any, str, bool]] = {
+    "instance written, not synced": (Part, "keep", False),
+    "instance kept, not acknowledged": (Part, "keep", True),
+    "series closed, not recorded": (reception, "series_closed", False),
+    "series recorded, bell not rung": (reception, "ring", False),
+    "analysis taken": (tasks, "_begin", False),
+    "analysis begun": (tasks, "_begin", True),
+    "one object written": (results, "_write", True),
+    "all objects written": (superseding, "supersede", False),
+    "in the midst of the record": (tasks, "_rejection_notes", False),
+    "analysis recorded, bell not rung": (Lease, "finish", True),
+    "object taken": (ByAssociation, "send", False),
+    "object sent, not recorded": (ByAssociation, "send", True),
+}
