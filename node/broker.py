@@ -155,8 +155,11 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def _write_privately(path: Path, text: str) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    """Write a file that is either whole or not there: another process waits for it."""
+    part = path.with_suffix(".part")
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)
+    part.rename(path)
 
 
 def _wait_until_it_answers(folder: Path) -> str:

@@ -1,4 +1,7 @@
-"""The named steps at which a process of a whole node is held, so that it or another can be killed just then."""
+"""What the node of the fault tests and the tests agree on: its waits, and the steps at which a process is held.
+
+At a step it or another can be killed just then.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from node.delivery import superseding
 from node.delivery.peer import ByAssociation
 from node.intake.spool import Part
 from node.ledger import Lease
+
+#: Seconds that a worker waits for an answer of Redis.
+SOCKET_S = 4
 
 #: Step of the work → the function before (False) or after (True) which it lies.
 STEPS: dict[str, tuple[Any, str, bool]] = {

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import redis
 from conftest import Orthanc, fault_rounds, free_port, tool, wait_for
+from steps import SOCKET_S
 from whole_node import whole_node
 
 pytestmark = [
@@ -75,7 +76,7 @@ def test_redis_flushed_restarted_and_unreachable_forgets_nothing(tmp_path: Path,
         server.process.send_signal(signal.SIGSTOP)  # unreachable: connections hang instead of being refused
         node.send(3)
         # Minutes in the long run; longer than every timeout towards Redis in the short one.
-        time.sleep(18 + min(162, 2 * fault_rounds(1)))
+        time.sleep(SOCKET_S + 2 + min(162, 2 * fault_rounds(0)))
         server.process.send_signal(signal.SIGCONT)
         node.wait_until_finished(3, 240)
         node.prove()

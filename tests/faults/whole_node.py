@@ -103,10 +103,13 @@ class WholeNode:
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(90)
-            self.process.kill()
-            self.process.wait()
+            try:
+                self.process.wait(120)
+            except subprocess.TimeoutExpired:
+                left = list(self.pieces())
+                self.process.kill()
+                self.process.wait()
+                raise AssertionError(f"asked to stop, but after 120 s there still are: {left}\n{self.log}") from None
 
     def wait_until_it_listens(self) -> None:
         def listens() -> bool:

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 from scipy import ndimage
-from steps import STEPS
+from steps import SOCKET_S, STEPS
 
 from models.registry import ModelIdentity
-from node import ledger, tasks
+from node import ledger, processes, tasks
 from node.delivery import outbox
 from node.intake import assembly
 from node.ledger import Lease
@@ -28,7 +28,9 @@ ledger.RING_AGAIN_S = 2.0
 ledger.BACKOFF = {"analyse": (1.0, 1.5, 5.0), "deliver": (1.0, 1.5, 5.0), "line": (1.0, 1.5, 5.0)}
 outbox.LINGER_S = 0.5
 assembly.RETRY_S = 1.0
+processes.RESTART_S = (0.2, 1.0)
 tasks.SWEEP_S = 0.5
+tasks.app.conf.broker_transport_options = {"socket_connect_timeout": 2, "socket_timeout": SOCKET_S}
 
 
 class _Threshold:
