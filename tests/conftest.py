@@ -156,6 +156,12 @@ class Orthanc:
     ae_title: str
     port: int
     http: str
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.wait()
 
     def get(self, path: str, **parameters: str) -> httpx.Response:
         """GET from the REST API or, below /dicom-web, from DICOMweb."""
@@ -213,7 +219,7 @@ def running_orthanc(folder: Path, **more: Any) -> Iterator[Orthanc]:
             stderr=log,
             env={**os.environ, "TCP_NODELAY": "1"},
         )
-    archive = Orthanc("ORTHANC", port, f"http://127.0.0.1:{http}")
+    archive = Orthanc("ORTHANC", port, f"http://127.0.0.1:{http}", process)
 
     def answers() -> bool:
         try:

@@ -26,7 +26,7 @@ from raw_peer import RELEASE, RawPeer, pdu, pdv, request, store, store_command
 from test_listener import Node
 
 from node.intake.header import HeaderError, read_header
-from node.intake.transport import DIRECT
+from node.intake.transport import DIRECT, STOCK
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -38,10 +38,11 @@ LIMIT_S, LIMIT_MB = 5.0, 100
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """A listener that is still well in the end."""
     threads = threading.active_count()
-    one = Node(tmp_path_factory.mktemp("fuzz"), transport=DIRECT, max_associations=200)
+    transport = getattr(request, "param", DIRECT)
+    one = Node(tmp_path_factory.mktemp("fuzz"), transport=transport, max_associations=200)
     yield one
     with RawPeer(one.listener.port) as friend:
         assert friend.associate() == 2
@@ -65,28 +66,43 @@ def malformed(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return files
 
 
+@pytest.mark.parametrize("node", [DIRECT, STOCK], indirect=True)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.data
 def test_every_malformed_file_gets_a_status(node: Node, malformed: list[Path]) -> None:
-    answers, slowest = Counter[int](), 0.0
+    answers, slowest, ended = Counter[int](), 0.0, 0
+    stock = node.listener.options.transport == STOCK
     before = psutil.Process().memory_info().rss
-    with RawPeer(node.listener.port, timeout=LIMIT_S) as peer:
-        assert peer.associate() == 2
-        for path in malformed:
-            raw, uid = _split(path.read_bytes())
-            begin = time.monotonic()
-            peer.send(store(uid, raw, size=100_000))
-            status = peer.status()
-            slowest = max(slowest, time.monotonic() - begin)
-            assert status in STATUSES, path
-            answers[status or 0] += 1
-            if status == 0:
-                (kept,) = node.spool.root.glob(f"*/*/{uid}.dcm")
-                assert dataset_bytes(kept.read_bytes()) == raw, path
-        peer.send(RELEASE)
+    peer = _associated(node)
+    for path in malformed:
+        raw, uid = _split(path.read_bytes())
+        begin = time.monotonic()
+        peer.send(store(uid, raw, size=100_000))
+        status = peer.status()
+        slowest = max(slowest, time.monotonic() - begin)
+        if stock and status is None:  # pynetdicom may end the association where it cannot read the request
+            ended += 1
+            peer.socket.close()
+            peer = _associated(node)
+            continue
+        assert status in STATUSES, path
+        answers[status] += 1
+        if status == 0:
+            (kept,) = node.spool.root.glob(f"*/*/{uid}.dcm")
+            assert dataset_bytes(kept.read_bytes()) == raw, path
+    peer.send(RELEASE)
+    peer.socket.close()
     assert slowest < LIMIT_S
     assert (psutil.Process().memory_info().rss - before) >> 20 < LIMIT_MB
-    assert sum(answers.values()) == len(malformed)
+    assert sum(answers.values()) == len(malformed) - ended
+    assert ended < 5
     assert set(answers) == STATUSES
+
+
+def _associated(node: Node) -> RawPeer:
+    peer = RawPeer(node.listener.port, timeout=LIMIT_S)
+    assert peer.associate() == 2
+    return peer
 
 
 def _split(file: bytes) -> tuple[bytes, str]:
@@ -174,6 +190,8 @@ HARNESS = settings(
 )
 
 
+@pytest.mark.parametrize("node", [DIRECT, STOCK], indirect=True)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @HARNESS
 @given(associate=st.booleans(), parts=PDUS)
 def test_any_bytes_end_in_an_answer_or_an_end(node: Node, associate: bool, parts: list[bytes]) -> None:
@@ -188,6 +206,7 @@ def test_any_bytes_end_in_an_answer_or_an_end(node: Node, associate: bool, parts
                 pass
 
 
+@pytest.mark.parametrize("node", [DIRECT, STOCK], indirect=True)
 @HARNESS
 @given(raw=bent(RAW[:900]).flatmap(lambda head: st.just(head + RAW[900:]) | bent(head)))
 def test_any_data_set_has_a_status_and_is_kept_as_it_is_or_not_at_all(node: Node, raw: bytes) -> None:
