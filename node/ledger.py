@@ -234,6 +234,7 @@ class Event(Base):
 _TABLE: dict[Work, type[Owed]] = {"analyse": Analysis, "deliver": Delivery, "line": Line}
 #: Urgent analyses before the rest, then the oldest.
 _FIRST = (Analysis.urgent.desc(), Analysis.due_at, Analysis.id)
+_STAGE: dict[Work, str] = {"analyse": "analysis", "deliver": "delivery"}
 _ATTEMPTS: dict[Work, int] = {
     "analyse": MAX_ANALYSIS_ATTEMPTS,
     "deliver": MAX_DELIVERY_ATTEMPTS,
@@ -355,7 +356,7 @@ class Ledger:
     def _bury(self, session: Session, work: Work, now: float) -> None:
         table = _TABLE[work]
         for row in session.scalars(select(table).where(free(table, now), table.attempts >= _ATTEMPTS[work])):
-            self.set_aside(session, row, f"its worker died or overran its lease {row.attempts} times")
+            self.set_aside(session, row, f"its process died or hung at each of {row.attempts} attempts")
         session.flush()
 
     def set_aside(self, session: Session, row: Owed, reason: str) -> None:
@@ -455,8 +456,15 @@ class Lease:
         may = and_(free(self._table, now), self._table.attempts < _ATTEMPTS[self._work])
         claim = update(self._table).where(self._table.id == self.row, may)
         values = {"state": "running", "lease_owner": self.owner, "lease_until": now + LEASE_S}
+        mine = select(self._table.attempts).where(self._table.id == self.row, self._table.state == "running")
         with self._ledger() as session:
-            return bool(_rows(session.execute(claim.values(**values, attempts=self._table.attempts + 1))))
+            silent = session.scalar(mine)
+            if not _rows(session.execute(claim.values(**values, attempts=self._table.attempts + 1))):
+                return False
+            if silent is not None and self._work != "line":
+                stage, text = _STAGE[self._work], f"attempt {silent} ended without a word: its process died or hung"
+                self._ledger.tell(session, _series_id(session.get_one(self._table, self.row)), stage, text)
+            return True
 
     @contextmanager
     def renewed(self) -> Iterator[None]:
@@ -503,8 +511,7 @@ class Lease:
             row.state, row.reason, row.lease_owner, row.lease_until, row.rung_at = "waiting", reason, None, 0.0, 0.0
             if counted:
                 row.due_at = time.time() + backoff_s(self._work, row.attempts)
-                stage = "analysis" if self._work == "analyse" else "delivery"
-                text = f"will be tried again after attempt {row.attempts}: {reason}"
+                stage, text = _STAGE[self._work], f"will be tried again after attempt {row.attempts}: {reason}"
                 self._ledger.tell(session, _series_id(row), stage, text)
             else:
                 row.attempts -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime
 from typing import Any
 
@@ -117,7 +118,11 @@ def table(series: list[Series]) -> Table:
 def timeline(series: Series) -> Table:
     """Everything that happened to one series, and what is still owed."""
     made = Table(
-        box=None, show_header=False, pad_edge=False, title_justify="left", title=f"series {series.series_instance_uid}"
+        box=None,
+        show_header=False,
+        pad_edge=False,
+        title_justify="left",
+        title=f"series {series.series_instance_uid}: {state(series)}",
     )
     made.add_column(justify="right", style="dim")
     made.add_column(style="bold")
@@ -133,7 +138,33 @@ def timeline(series: Series) -> Table:
         if delivery.state in ("waiting", "running", "failed"):
             text = f"{delivery.object.kind} to {delivery.peer}: {_owed(delivery)}"
             made.add_row("now", "delivery", Text(text))
+    for line in to_do(series):
+        made.add_row("", "to do", Text(line))
     return made
+
+
+def to_do(series: Series) -> list[str]:
+    """What an admin can do about a series that is in trouble; nothing for one that is not."""
+    sent, lines = deliveries(series), []
+    for peer in sorted({one.peer for one in sent if one.state == "waiting" and one.reason and not _stored(one)}):
+        lines.append(
+            f"nothing is lost, and what waits goes out by itself once {peer} takes it; "
+            f"`lungnode echo {peer}` asks it now, `lungnode retry {series.id}` sends now"
+        )
+    for peer in sorted({one.peer for one in sent if one.state in ("refused", "failed")}):
+        kinds = ", ".join(one.object.kind for one in sent if one.peer == peer and one.state in ("refused", "failed"))
+        lines.append(
+            f"{peer} does not have {kinds}: mend what the reason says there, then `lungnode retry {series.id}`; "
+            f"or leave out what it cannot store (peers.{peer}.takes in the settings)"
+        )
+    for analysis in series.analyses:
+        if analysis.state == "failed":
+            lines.append(f"mend what the reason says, then `lungnode retry {series.id}` analyses it again")
+        elif analysis.state == "waiting" and analysis.attempts:
+            lines.append(f"it is tried again by itself; `lungnode retry {series.id}` tries now")
+    if not series.complete and state(series) != "superseded":
+        lines.append("send the series again: what is missing makes it whole, what is here is not stored twice")
+    return lines
 
 
 def findings(summary: dict[str, Any]) -> Table:
@@ -234,8 +265,11 @@ def _owed(work: Analysis | Delivery) -> str:
     if work.state == "waiting" and work.reason and not work.attempts:
         return work.reason
     if work.state == "waiting" and work.attempts:
-        return f"tried {work.attempts} times, next at {_time(work.due_at, '%H:%M:%S')}: {work.reason}"
-    return {"waiting": "waiting for a worker", "running": "under way"}.get(work.state, work.reason)
+        return f"attempt {work.attempts} failed, next at {_time(work.due_at, '%H:%M:%S')}: {work.reason}"
+    if work.state == "running":
+        gone = "; its process is silent, another takes it up within a minute" if work.lease_until < time.time() else ""
+        return f"under way, attempt {work.attempts}{gone}"
+    return "waiting for a worker" if work.state == "waiting" else work.reason
 
 
 def _time(at: float, form: str) -> str:

@@ -276,7 +276,8 @@ def _begin(here: Node, row: int) -> _Work:
         if analysis.content_at is None:
             analysis.content_at = now.timestamp()
         again = f", attempt {analysis.attempts}" if analysis.attempts > 1 else ""
-        here.ledger.tell(session, series.id, "analysis", f"started{again}")
+        what = "started" if analysis.gave_up is None else "making the objects that tell the study of it"
+        here.ledger.tell(session, series.id, "analysis", f"{what}{again}")
         return _Work(
             series.id,
             series.series_instance_uid,

@@ -14,7 +14,7 @@ import redis
 from conftest import wait_for
 
 from node import broker as broker_module
-from node.broker import BrokerError, broker, redis_server
+from node.broker import BrokerError, broker, redis_server, trouble
 from node.config import Settings
 
 
@@ -55,6 +55,17 @@ def test_second_process_joins_and_a_stranger_is_refused(settings: Settings) -> N
         stranger = redis.Redis.from_url(first.replace(first.split("@")[0], "redis://"))
         with stranger, pytest.raises(redis.AuthenticationError):
             stranger.ping()
+
+
+def test_broker_that_does_not_answer_is_said(settings: Settings) -> None:
+    assert "lungnode up" in (trouble(settings) or "")
+    with broker(settings):
+        assert trouble(settings) is None
+    assert "lungnode up" in (trouble(settings) or "")
+    own = settings.model_copy(update={"broker": "redis://:secret@127.0.0.1:1/0"})
+    said = trouble(own) or ""
+    assert "Redis at 127.0.0.1:1" in said
+    assert "secret" not in said
 
 
 def test_url_is_used_as_it_is() -> None:

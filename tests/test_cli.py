@@ -116,6 +116,8 @@ def test_state_is_told_in_a_word(tmp_path: Path, analysis: str | None, deliverie
     assert word in text
     assert "one instance" in text
     assert text.count("sr to p") == sum(one in ("waiting", "running", "failed") for one in deliveries)
+    assert ("to do" in text) == (word in ("failed", "refused"))
+    assert text.count("lungnode retry 1") == text.count("to do")
     ledger.engine.dispose()
 
 

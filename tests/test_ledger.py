@@ -187,8 +187,10 @@ def test_dead_workers_are_overtaken_and_then_given_up(ledger: Ledger, clock: Clo
     assert state(ledger, row).state == "failed"
     with ledger() as session:
         last = session.query(Event).order_by(Event.id.desc()).first()
+        told = [event.text for event in session.query(Event).order_by(Event.id)]
     assert last is not None
     assert "died" in last.text
+    assert told[:2] == [f"attempt {n} ended without a word: its process died or hung" for n in (1, 2)]
 
 
 def test_overtaken_worker_records_nothing(ledger: Ledger, clock: Clock) -> None:
@@ -478,5 +480,6 @@ def test_errors_are_told_without_the_values_of_others() -> None:
             return plainly(caught)
 
     assert told(ValueError("Doe^Jane")).startswith("ValueError at test_ledger.py:")
-    assert told(OSError(errno.ENOSPC, "Doe^Jane")).startswith("OSError ENOSPC at test_ledger.py:")
+    full = told(OSError(errno.ENOSPC, "Doe^Jane"))
+    assert full.startswith("OSError ENOSPC (no space left on device) at test_ledger.py:")
     assert told(LeaseLost("row 5")).startswith("LeaseLost: row 5 at test_ledger.py:")

@@ -366,7 +366,7 @@ class _OpenSeries:
             # Every other slice lies evenly too: without slices that touch, the numbering is believed.
             missing.append(doubt)
         if self.refused:
-            missing.append(f"{len(self.refused)} instances were refused and not sent again")
+            missing.append(f"{len(self.refused)} instances were refused for want of disk and not sent again")
         if self.counted is not None and self.counted > len(self.instances):
             missing.append(f"its sender has {self.counted} instances of it, {len(self.instances)} came")
         if self.broken and not count_reached(self.headers) and self.counted != len(self.instances):

@@ -84,5 +84,6 @@ def plainly(error: BaseException) -> str:
     if type(error).__module__.startswith(("node.", "models.")):
         what = f"{what}: {error}"
     elif isinstance(error, OSError) and error.errno is not None:
-        what = f"{what} {errno.errorcode.get(error.errno, error.errno)}"
+        # Its words are the system's, not those of whoever raised it.
+        what = f"{what} {errno.errorcode.get(error.errno, error.errno)} ({os.strerror(error.errno).lower()})"
     return f"{what} at {place}"

@@ -59,7 +59,9 @@ def test_a_disk_that_fills_up(small_disk: Path, transport: Transport, floor_byte
         assert list(node.spool.root.glob("incoming/*")) == []
         wait_for(lambda: bool(node.closed), 10, "the series to be closed")
         assert (node.closed[0].complete, len(node.closed[0].instances)) == (False, len(kept))
-        assert f"{COUNT - len(kept)} instances were refused and not sent again" in node.closed[0].reason
+        assert (
+            f"{COUNT - len(kept)} instances were refused for want of disk and not sent again" in node.closed[0].reason
+        )
 
         ballast.unlink()
         subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)

@@ -257,7 +257,7 @@ def test_a_refused_instance_keeps_its_series_from_being_whole_until_it_comes(rig
     rig.wait(QUIET - 1)
     assert rig.closed == []
     rig.wait(1)
-    why = "1 instances were refused and not sent again"
+    why = "1 instances were refused for want of disk and not sent again"
     assert rig.reasons() == [(9, False, f"incomplete: {why}; no instance came for 30 s")]
     rig.send_all(range(10))
     rig.wait(QUIET)
