@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import alembic.command
 import alembic.config
+import structlog
 from sqlalchemy import (
     JSON,
     ColumnElement,
@@ -33,10 +34,13 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from node.telemetry.logs import plainly
+
+log = structlog.get_logger(__name__)
 
 #: waiting: owed, due at `due_at` · running: under a lease · done · confirmed: done, and the peer has committed to keep
 #: it · refused: ended for good with a reason that trying again would not change · superseded: a newer generation of the
@@ -67,6 +71,9 @@ MAX_BACKOFF_S = 3600.0
 
 #: Seconds to wait for another process to end its transaction.
 BUSY_S = 30.0
+
+#: Times that a process which starts waits so long.
+MIGRATION_TRIES = 10
 
 #: Seconds after which the sweep rings again for work that nobody has taken.
 RING_AGAIN_S = 30.0
@@ -267,7 +274,20 @@ class Ledger:
             yield session
 
     def migrate(self, revision: str = "head") -> None:
-        """Bring the tables to this version's form; safe to call from several processes at once."""
+        """Bring the tables to this version's form; safe to call from several processes at once.
+
+        A process that starts must not end because another one has the ledger for a while: it waits.
+        """
+        for tries_left in reversed(range(MIGRATION_TRIES)):
+            try:
+                self._migrate(revision)
+                return
+            except OperationalError as error:
+                if not tries_left or "locked" not in str(error.orig):
+                    raise
+                log.warning("another program holds the ledger; waiting for it", seconds=BUSY_S)
+
+    def _migrate(self, revision: str) -> None:
         settings = alembic.config.Config()
         settings.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with _migration_lock(self.engine), self.engine.connect() as connection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -108,6 +109,23 @@ def test_migrating_twice_and_from_many_threads_changes_nothing(tmp_path: Path) -
     for one in ledgers:
         one.engine.dispose()
     assert failed == []
+
+
+def test_process_that_starts_waits_for_a_ledger_that_another_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "BUSY_S", 0.2)
+    file = tmp_path / "ledger.sqlite"
+    other = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    timer = threading.Timer(0.7, other.execute, ("ROLLBACK",))
+    timer.start()
+    ledger = Ledger(f"sqlite:///{file}")
+    ledger.migrate()
+    timer.join()
+    assert ledger.series_ids() == []
+    ledger.engine.dispose()
+    other.close()
 
 
 def test_sqlite_is_set_to_survive_power_loss(ledger: Ledger) -> None:

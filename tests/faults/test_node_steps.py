@@ -29,7 +29,7 @@ from node.delivery.peer import ByAssociation
 from node.ledger import Lease
 from node.offline import closed_folder
 from node.phantom import write_series
-from node.status import all_series, deliveries, state
+from node.status import all_series, deliveries, state, to_do
 from node.tasks import Node
 
 pytestmark = [
@@ -66,7 +66,7 @@ def receive(here: Node) -> None:
     reception.series_closed(here, closed)
 
 
-def work_on(here: Node, pacs: BadPacs, seconds: float = 30) -> None:
+def work_on(here: Node, pacs: BadPacs, seconds: float = 30, until: str = "not analysed") -> None:
     """Do what a sweep would ring for, until nothing is owed."""
     settings = here.settings.model_copy(update={"peers": {"pacs": pacs.peer()}})
     object.__setattr__(here, "settings", settings)
@@ -77,7 +77,8 @@ def work_on(here: Node, pacs: BadPacs, seconds: float = 30) -> None:
                 tasks.analyse(row)
             for peer in here.ledger.peers_owed():
                 tasks.deliver(peer)
-            if state(all_series(here.ledger)[0]) == "not analysed":
+            (series,) = all_series(here.ledger)
+            if state(series) == until and not {one.state for one in deliveries(series)} & {"waiting", "running"}:
                 return
         time.sleep(0.05)
     pytest.fail(f"still owed after {seconds} s: {[state(one) for one in all_series(here.ledger)]}")
@@ -150,6 +151,23 @@ def test_analysis_that_dies_at_a_step_is_done_once(here: Node, step: str) -> Non
     with bad_pacs(classes=CLASSES) as pacs:
         work_on(here, pacs)
         prove(here, pacs)
+
+
+def test_series_that_kills_its_worker_each_time_is_set_aside_and_retry_brings_it_back(here: Node) -> None:
+    receive(here)
+    for _ in range(ledger_module.MAX_ANALYSIS_ATTEMPTS):
+        run_and_die((tasks, "_make", die), lambda: tasks.analyse(1))
+        time.sleep(0.7)  # until the lease has run out
+    with bad_pacs(classes=CLASSES) as pacs:
+        work_on(here, pacs, until="failed")
+        prove(here, pacs)
+        (series,) = all_series(here.ledger)
+        told = [event.text for event in series.events]
+        assert "attempt 1 ended without a word: its process died or hung" in told
+        assert "set aside: its process died or hung at each of 6 attempts" in told
+        assert to_do(series)[0] == "mend what the reason says, then `lungnode retry 1` analyses it again"
+        assert here.ledger.retry(1) == 1
+        work_on(here, pacs)
 
 
 @pytest.mark.parametrize("step", DELIVERY_STEPS)
