@@ -400,8 +400,12 @@ def test_tid1500reader_reads_the_measurements(made: tuple[Chest, dict[str, Path]
 @pytest.mark.peer
 def test_dsrdump_shows_the_statement_with_its_inputs(made: tuple[Chest, dict[str, Path]]) -> None:
     chest, paths = made
-    told = subprocess.run([tool("dsrdump"), "+Pl", paths["sr"]], capture_output=True, text=True, check=True)
-    assert told.stderr == ""
+    command = [tool("dsrdump"), "+Pl", paths["sr"]]
+    # The name of a patient is printed in the character set of the file.
+    told = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True)
+    # DCMTK's checker knows neither the Japanese nor the Arabic set; it says so and reads on.
+    sets = ("Specific Character Set: ", "unsupported SpecificCharacterSet")
+    assert [line for line in told.stderr.splitlines() if not any(known in line for known in sets)] == []
     rule = chest.findings.scan.consecutive
     for words in (
         f"longest run {rule.longest_run} ({rule.longest_run_mm:.0f} mm)",

@@ -276,6 +276,7 @@ _SETS = """() => {
 _PRESENT = """async uid => {
   const S = window.services, id = S.viewportGridService.getActiveViewportId();
   const viewport = S.cornerstoneViewportService.getCornerstoneViewport(id);
+  if (!viewport) return false;
   const found = uid ? viewport.getImageIds().findIndex(one => one.includes(`/instances/${uid}/`)) : -1;
   const index = found < 0 ? viewport.getCurrentImageIdIndex() : found, range = viewport.getProperties().voiRange;
   const there = index === viewport.getCurrentImageIdIndex() && range && Math.abs(range.lower + 1350) < 2;
