@@ -196,7 +196,11 @@ class Viewer:
         """Show the active viewport in the lung window, and the slice of this instance if one is named."""
 
         def stays() -> bool:
-            # The viewer goes to the first slice of what it has opened, in its own time.
+            # The viewer puts another viewport in place of one that was, and goes to the first slice of what it has
+            # opened, in its own time; one that is on its way out must be left alone.
+            if not self.page.evaluate(_SETTLED):
+                self.page.wait_for_timeout(1500)
+                return False
             self.page.evaluate(_PRESENT, sop_instance_uid)
             self.page.wait_for_timeout(1500)
             return bool(self.page.evaluate(_PRESENT, sop_instance_uid))
@@ -270,6 +274,14 @@ _SETS = """() => {
       on_image: !!m.imageId, outlines: (m.coords || []).length,
       values: (m.labels || []).map(l => l.label + ': ' + l.value)}))
   }));
+}"""
+
+#: Whether the active viewport is the one that was there at the last call.
+_SETTLED = """() => {
+  const S = window.services, id = S.viewportGridService.getActiveViewportId();
+  const viewport = S.cornerstoneViewportService.getCornerstoneViewport(id), before = window.lastViewport;
+  window.lastViewport = viewport;
+  return !!viewport && viewport === before;
 }"""
 
 #: Lung window and slice as wanted; whether they were already. C -600 W 1500 HU, as the captures have it.
