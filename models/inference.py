@@ -203,13 +203,33 @@ def _crumbs(
 ) -> NDArray[np.bool_]:
     """What is too small for a lesion: below a volume, or not over more than so many mm from inferior to superior."""
     label = cc3d.connected_components(positive, connectivity=26)
-    found = cc3d.statistics(label)
-    slabs = np.array([box[0].stop - box[0].start for box in found["bounding_boxes"]])
-    small = found["voxel_counts"] * float(np.prod(spacing)) < minimum_mm3 * (1 - 1e-6)
-    small |= slabs * spacing[0] <= minimum_extent_mm
+    small = ~lesion_sized(label, spacing, minimum_mm3, minimum_extent_mm)
     small[0] = False
     crumbs: NDArray[np.bool_] = small[label]
     return crumbs
+
+
+def lesion_sized(
+    label: NDArray[np.integer], spacing: tuple[float, float, float], minimum_mm3: float, minimum_extent_mm: float
+) -> NDArray[np.bool_]:
+    """Whether each label of [z, y, x], the background's 0 first, has the size of a lesion.
+
+    Parameters
+    ----------
+    label
+        Components, numbered from 1 without gaps.
+    spacing
+        Voxel size (z, y, x) in mm.
+    minimum_mm3
+        A lesion has at least this volume.
+    minimum_extent_mm
+        A lesion reaches over more than this from inferior to superior.
+    """
+    found = cc3d.statistics(label)
+    slabs = np.array([box[0].stop - box[0].start for box in found["bounding_boxes"]])
+    large = found["voxel_counts"] * float(np.prod(spacing)) >= minimum_mm3 * (1 - 1e-6)
+    sized: NDArray[np.bool_] = large & (slabs * spacing[0] > minimum_extent_mm)
+    return sized
 
 
 def _calibration(infection: Bundle) -> LesionCalibration | None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import optimize
 
 from models.calibration import LesionCalibration
+from models.inference import lesion_sized
 from models.training import datasets
 from models.training.datasets import Patient
 from models.training.evaluate import LESION_OVERLAP, Chance
@@ -66,7 +67,7 @@ def found_lesions(chances: Iterable[tuple[Patient, Chance]], threshold: float) -
     lesions = []
     for patient, chance in chances:
         assert patient.infection is not None
-        voxel_mm3 = datasets.PIXEL_MM**2 * _SLAB_MM / patient.slab
+        spacing = _SLAB_MM / patient.slab, datasets.PIXEL_MM, datasets.PIXEL_MM
         label = cc3d.connected_components(chance >= threshold, connectivity=26)
         where = np.nonzero(label)
         of = label[where]
@@ -74,11 +75,11 @@ def found_lesions(chances: Iterable[tuple[Patient, Chance]], threshold: float) -
         sums, drawn = np.bincount(of, chance[where]), np.bincount(of, patient.infection[where])
         most = np.zeros(len(sizes))
         np.maximum.at(most, of, chance[where])
-        slices = np.array([box[0].stop - box[0].start for box in cc3d.statistics(label)["bounding_boxes"]])
         # A set of single slices says nothing of the extent.
-        reach = (slices * _SLAB_MM / patient.slab > MINIMUM_EXTENT_MM) | (len(chance) == 1)
-        for n in np.flatnonzero((sizes * voxel_mm3 >= MINIMUM_LESION_MM3) & reach):
-            volume, share = float(sizes[n] * voxel_mm3), drawn[n] / sizes[n]
+        extent_mm = MINIMUM_EXTENT_MM if len(chance) > 1 else 0.0
+        sized = lesion_sized(label, spacing, MINIMUM_LESION_MM3, extent_mm)
+        for n in 1 + np.flatnonzero(sized[1:]):
+            volume, share = float(sizes[n] * np.prod(spacing)), drawn[n] / sizes[n]
             mean = float(sums[n] / sizes[n])
             lesions.append(FoundLesion(patient.id, mean, float(most[n]), volume, bool(share >= LESION_OVERLAP)))
     return lesions
