@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import cc3d
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 #: Consecutive positive slices that make a scan positive (Lokwani et al. 2020, arXiv:2006.13212). The rule counts
 #: slices whatever their spacing, as published; `ConsecutiveSlices.longest_run_mm` says how much of the body that is.
@@ -35,6 +35,9 @@ DARK_HU = -724
 #: 512 x 512 matrix of the published code; other matrices take the same part of the image.
 CENTRAL_REGION = (240, 340, 120, 370)
 _REGION_MATRIX = 512
+
+#: Neighbours in a slice that share an edge or a corner.
+_EIGHT = np.ones((3, 3), np.bool_)
 
 #: The open-lung rule keeps slices above (most - fewest) / this, as published.
 OPEN_LUNG_DIVISOR = 1.5
@@ -208,11 +211,19 @@ def open_lung(hu: NDArray[np.int16]) -> OpenLung:
 
 def _outer_boxes(mask: NDArray[np.bool_]) -> list[tuple[int, int, int, int]]:
     """Half-open boxes (r0, r1, c0, c1) of the components of a slice, without those wholly in another."""
-    labels, count = cc3d.connected_components(np.ascontiguousarray(mask), connectivity=8, return_N=True)
-    found: list[Any] = cc3d.statistics(labels)["bounding_boxes"][1:] if count else []
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return []
+    # Lesions cover little of a slice, and to label the rest takes as long a pixel. By SciPy: cc3d 4.1 labels also
+    # background where components of a flat image join at corners.
+    top, left = int(rows[0]), int(columns[0])
+    labels, _ = ndimage.label(mask[top : rows[-1] + 1, left : columns[-1] + 1], _EIGHT)
     # Largest first: a box can only lie in one at least as large, and of two equal ones the first stays.
     boxes = sorted(
-        ((int(r.start), int(r.stop), int(c.start), int(c.stop)) for r, c in found),
+        (
+            (top + int(r.start), top + int(r.stop), left + int(c.start), left + int(c.stop))
+            for r, c in ndimage.find_objects(labels)
+        ),
         key=lambda box: -(box[1] - box[0]) * (box[3] - box[2]),
     )
     outer: list[tuple[int, int, int, int]] = []

@@ -61,8 +61,8 @@ class Findings:
 
     #: uint8 (slices, rows, columns) on the source grid: 0 background, RIGHT, LEFT; includes the infected part.
     lungs: NDArray[np.uint8]
-    #: int32 (slices, rows, columns): 0, or the `Lesion.label`; non-zero is the infection mask, a subset of `lungs`.
-    lesions: NDArray[np.int32]
+    #: uint16 (slices, rows, columns): 0, or the `Lesion.label`; non-zero is the infection mask, a subset of `lungs`.
+    lesions: NDArray[np.uint16]
     right: Region
     left: Region
     both: Region

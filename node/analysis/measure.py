@@ -22,7 +22,7 @@ MINIMUM_LESION_MM3 = 100.0
 class Measurements:
     """Lesions and regions of one volume; fields as in `Findings`."""
 
-    lesions: NDArray[np.int32]
+    lesions: NDArray[np.uint16]
     right: Region
     left: Region
     both: Region
@@ -57,7 +57,7 @@ def measure(
     """
     if not volume.hu.shape == lungs.shape == probability.shape:
         raise ValueError("volume, lungs and probability differ in shape")
-    lesions = np.zeros(lungs.shape, np.int32)
+    lesions = np.zeros(lungs.shape, np.uint16)
     lesion_list: tuple[Lesion, ...] = ()
     # Sums by side and infected or not; the regions follow from them.
     counts, sums = np.zeros((3, 2)), np.zeros((3, 2))
@@ -114,8 +114,8 @@ def _reached(probability: NDArray[np.floating], threshold: float) -> NDArray[np.
     return reached
 
 
-def _components(infection: NDArray[np.bool_], minimum_voxels: float) -> NDArray[np.int32]:
-    """Label components of at least this size from 1, the largest first."""
+def _components(infection: NDArray[np.bool_], minimum_voxels: float) -> NDArray[np.uint16]:
+    """Label components of at least this size from 1, the largest first; of more than 65,535 the largest."""
     labels, count = cc3d.connected_components(
         np.ascontiguousarray(infection), connectivity=26, return_N=True, binary_image=True
     )
@@ -125,10 +125,10 @@ def _components(infection: NDArray[np.bool_], minimum_voxels: float) -> NDArray[
     sizes = np.bincount(found, minlength=count + 1)
     by_size = np.argsort(-sizes[1:], kind="stable") + 1
     # A whole number of voxels may miss the limit by the rounding of a voxel's volume.
-    kept = by_size[sizes[by_size] >= minimum_voxels * (1 - 1e-9)]
-    new_label = np.zeros(count + 1, np.int32)
+    kept = by_size[sizes[by_size] >= minimum_voxels * (1 - 1e-9)][: np.iinfo(np.uint16).max]
+    new_label = np.zeros(count + 1, np.uint16)
     new_label[kept] = np.arange(1, len(kept) + 1)
-    relabelled = np.zeros(infection.shape, np.int32)
+    relabelled = np.zeros(infection.shape, np.uint16)
     relabelled.ravel()[where] = new_label[found]
     return relabelled
 
@@ -137,7 +137,7 @@ def _lesion_list(
     volume: Volume,
     lungs: NDArray[np.uint8],
     probability: NDArray[np.floating],
-    lesions: NDArray[np.int32],
+    lesions: NDArray[np.uint16],
     box: tuple[slice, slice, slice],
     calibration: LesionCalibration | None,
 ) -> tuple[Lesion, ...]:
@@ -183,11 +183,11 @@ def _lesion_list(
 
 
 def _without_improbable(
-    lesion_list: tuple[Lesion, ...], lesions: NDArray[np.int32], floor: float
+    lesion_list: tuple[Lesion, ...], lesions: NDArray[np.uint16], floor: float
 ) -> tuple[Lesion, ...]:
     """Drop lesions below the floor from the list and, in place, from the label map, and number the rest anew."""
     kept = [lesion for lesion in lesion_list if lesion.probability >= floor]
-    new_label = np.zeros(len(lesion_list) + 1, np.int32)
+    new_label = np.zeros(len(lesion_list) + 1, np.uint16)
     new_label[[lesion.label for lesion in kept]] = np.arange(1, len(kept) + 1)
     if len(kept) < len(lesion_list):
         lesions[:] = new_label[lesions]

@@ -40,7 +40,7 @@ def test_worked_by_hand():
 
     assert np.argwhere(found.lesions == 1).tolist() == [[0, 1, 2], [1, 1, 3], [1, 2, 3], [2, 1, 4]]
     assert np.argwhere(found.lesions == 2).tolist() == [[0, 2, 0]]
-    assert found.lesions.dtype == np.int32
+    assert found.lesions.dtype == np.uint16
     big, small = found.lesion_list
     assert (big.label, big.side, big.key_slice, big.box) == (1, "left", 1, (0, 3, 1, 3, 2, 5))
     assert big.probability == pytest.approx(0.75)

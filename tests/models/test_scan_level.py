@@ -118,6 +118,16 @@ def test_a_box_wholly_in_another_is_dropped_and_one_that_sticks_out_is_not():
     assert intensity(lungs, out[None], MILLIMETRE).ratio == 29 / 40
 
 
+def test_a_component_joined_at_corners_is_one_box_from_edge_to_edge():
+    # cc3d 4.1.1 makes two components of it, one of them background.
+    shape = np.array([[0, 0, 1], [0, 0, 1], [0, 0, 1], [1, 0, 1], [0, 1, 0]], np.uint8)
+    infection = np.pad(shape, ((2, 1), (1, 3)))[None]
+
+    found = intensity(np.ones_like(infection), infection, MILLIMETRE)
+
+    assert (found.boxes, found.box_area_mm2) == (1, 15.0)
+
+
 @pytest.mark.parametrize(
     ("boxed", "grade"), [(0, "not COVID-19-like"), (1, "Mild"), (14, "Mild"), (15, "Alarming"), (100, "Alarming")]
 )

@@ -67,7 +67,7 @@ def make_chest(
     """
     affine = _affine(shape)
     size = shape.slices, shape.rows, shape.columns
-    lungs, labels, hu = np.zeros(size, np.uint8), np.zeros(size, np.int32), np.zeros(size, np.int16)
+    lungs, labels, hu = np.zeros(size, np.uint8), np.zeros(size, np.uint16), np.zeros(size, np.int16)
     rows, columns = np.indices(size[1:])
     random = np.random.default_rng(7)
     # Slice by slice: a long series does not fit into memory as coordinates.
@@ -155,7 +155,7 @@ def _header(shape: Shape, affine: NDArray[np.float64], k: int, position: NDArray
     return image
 
 
-def findings_of(volume: Volume, lungs: NDArray[np.uint8], labels: NDArray[np.int32], count: int) -> Findings:
+def findings_of(volume: Volume, lungs: NDArray[np.uint8], labels: NDArray[np.uint16], count: int) -> Findings:
     """What an analysis would say of these masks; lesions are labelled 1 to `count`."""
     order = sorted(range(1, count + 1), key=lambda label: -int((labels == label).sum()))
     ranked = np.zeros_like(labels)
@@ -212,5 +212,5 @@ def crude_findings(volume: Volume) -> Findings:
     inside = ndimage.binary_fill_holes((volume.hu[volume.hu.shape[0] // 2] > -500).astype(bool))
     air = (volume.hu < -600) & inside
     lungs = np.where(air, np.where(np.arange(volume.hu.shape[2]) < volume.hu.shape[2] // 2, RIGHT, LEFT), 0)
-    labels = np.where((volume.hu > -750) & air, lungs, 0).astype(np.int32)
+    labels = np.where((volume.hu > -750) & air, lungs, 0).astype(np.uint16)
     return findings_of(volume, lungs.astype(np.uint8), labels, 2)

@@ -523,7 +523,7 @@ def test_a_real_healthy_chest_gets_sound_objects(data_dir: Path, tmp_path: Path)
     """normal001: real geometry, and no Patient's Name at all; nothing is infected, and the lungs are by a threshold."""
     chest = crude_chest(real_series(data_dir, "normal001"))
     lungs = chest.findings.lungs
-    chest = replace(chest, findings=findings_of(chest.volume, lungs, np.zeros(lungs.shape, np.int32), 0))
+    chest = replace(chest, findings=findings_of(chest.volume, lungs, np.zeros(lungs.shape, np.uint16), 0))
     paths = build(chest, tmp_path)
     assert set(paths) == {"lung-seg", "sr", "capture", "pdf"}
     for path in paths.values():

@@ -87,7 +87,7 @@ def healthy(data_dir: Path, archive: Orthanc, tmp_path_factory: pytest.TempPathF
     paths = series(data_dir, "normal001")
     volume = read_volume(paths)
     lungs = crude_findings(volume).lungs
-    findings = findings_of(volume, lungs, np.zeros(lungs.shape, np.int32), 0)
+    findings = findings_of(volume, lungs, np.zeros(lungs.shape, np.uint16), 0)
     folder = tmp_path_factory.mktemp("normal001")
     made = results.build(volume, findings, None, folder, content_datetime=MOMENT)
     return sent(archive, volume, findings, paths, made)
