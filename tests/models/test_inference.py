@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from models import inference
 from models.inference import LEFT, RIGHT, Segmentation, Segmenter, _airways, _crumbs, _largest_each, _without_gas
 from models.registry import load_bundle
 from models.training.phantom import Phantom, phantom
@@ -71,6 +72,28 @@ def test_thin_slices_and_uneven_pixels(segmenter: Segmenter) -> None:
     truth = np.repeat(drawn.lungs, 2, 0)
     assert dice(found.lungs > 0, truth > 0) > LUNG_DICE
     assert dice(found.lungs == LEFT, truth == LEFT) > SIDE_DICE
+
+
+def test_lungs_between_slabs_that_are_alike_are_those_that_the_network_would_see(
+    segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = phantom(3004, shape=(160, 128, 128), severity=2)
+    assert drawn.spacing[0] < 3
+    seen: list[int] = []
+    run = segmenter._lungs.run
+    monkeypatch.setattr(segmenter._lungs, "run", lambda image, rows: seen.extend(rows) or run(image, rows))
+
+    some = segmenter(drawn.hu, drawn.spacing)
+    slabs = len(seen)
+    monkeypatch.setattr(inference, "_LEAP_MM", 0.0)
+    every = segmenter(drawn.hu, drawn.spacing)
+
+    assert sorted(seen[:slabs]) == sorted(set(seen[:slabs]))
+    assert slabs < 0.85 * (len(seen) - slabs)
+    assert dice(some.lungs > 0, every.lungs > 0) > 0.995
+    assert max(np.count_nonzero(a != b) for a, b in zip(some.lungs > 0, every.lungs > 0, strict=True)) < 0.1 * max(
+        np.count_nonzero(plane) for plane in every.lungs
+    )
 
 
 def test_mirrored_volumes_swap_sides(segmenter: Segmenter, diseased: Phantom) -> None:
