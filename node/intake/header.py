@@ -59,7 +59,7 @@ class InstanceHeader:
 
 
 def read_header(
-    dataset: bytes | bytearray | memoryview, transfer_syntax_uid: str, *, whole: bool = True
+    dataset: bytes | bytearray | memoryview, transfer_syntax_uid: str, *, whole: bool = True, size: int | None = None
 ) -> InstanceHeader:
     """Read the header of an encoded data set (without File Meta Information).
 
@@ -72,6 +72,9 @@ def read_header(
         Endian and the deflated one is Explicit VR Little Endian up to the pixel data (PS3.5 A.4).
     whole
         False for the first bytes of a data set, of which only what they hold is asked.
+    size
+        Bytes of the whole data set where `dataset` is only its first; the answer is that for the whole then, or a
+        `HeaderError` if more of it has to be seen.
 
     Raises
     ------
@@ -79,10 +82,13 @@ def read_header(
         The bytes are no data set, end within an element, or name no study, series or instance.
     """
     data = memoryview(dataset)
+    size = len(data) if size is None else size
+    if size > len(data) and transfer_syntax_uid == DEFLATED:
+        raise HeaderError("the end of the deflated data set was not seen")
     if transfer_syntax_uid == DEFLATED:
         data, all_of_it = _inflated(data, whole)
-        whole = whole and all_of_it
-    walk = _Walk(data, "big" if transfer_syntax_uid == EXPLICIT_BIG else "little", whole)
+        whole, size = whole and all_of_it, len(data)
+    walk = _Walk(data, "big" if transfer_syntax_uid == EXPLICIT_BIG else "little", whole, size)
     try:
         found = walk.wanted(0, len(data), transfer_syntax_uid != IMPLICIT_LITTLE, _TOP)
         for tag, name in _NEEDED.items():
@@ -191,9 +197,10 @@ def _functional_groups(walk: _Walk, found: _Found, frames: int) -> _Geometry:
 class _Walk:
     """A walk over the elements of one encoded data set."""
 
-    def __init__(self, data: memoryview, order: str, whole: bool) -> None:
+    def __init__(self, data: memoryview, order: str, whole: bool, size: int) -> None:
         self._data = data
         self._whole = whole
+        self._size = size
         prefix = ">" if order == "big" else "<"
         self._tag = struct.Struct(prefix + "HH").unpack_from
         self._length16 = struct.Struct(prefix + "H").unpack_from
@@ -210,9 +217,9 @@ class _Walk:
             tag, value, length, inner = self._element(at, explicit)
             if tag in _PIXELS and end == len(self._data):
                 # A cut pixel value would be found only when the volume is read: too late for the sender to send again.
-                if self._whole and length != _UNDEFINED and value + length > end:
+                if self._whole and length != _UNDEFINED and value + length > self._size:
                     raise HeaderError("the data set ends within its pixel data")
-                break
+                return found
             after = self._skip(value, end, [(_ITEM, inner)]) if length == _UNDEFINED else value + length
             if after > end:
                 if not self._whole:
@@ -221,6 +228,8 @@ class _Walk:
             if tag in tags and tag not in found:
                 found[tag] = _Value(value, after, inner)
             at = after
+        if end == len(self._data) < self._size:
+            raise HeaderError("the pixel data was not seen")
         return found
 
     def items(self, value: _Value | None) -> Iterator[_Value]:

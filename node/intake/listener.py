@@ -7,6 +7,7 @@ objects that nobody analyses, and a sender whose private object is refused calls
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import socket
 import threading
@@ -70,7 +71,8 @@ NO_ASSOCIATION_BELOW: Final = 0.5
 #: Quarters of all associations that one calling AE title may have: one peer must not shut out the others.
 ONE_PEER: Final = 3
 
-#: Bytes of an instance that could not be stored which are kept to tell which series lacks it.
+#: Bytes of an instance that are held in memory: they hold its header, and tell which series lacks it when it cannot be
+#: stored.
 _HEAD: Final = 64 * 1024
 
 #: Seconds for a peer that has connected to ask for an association (the ARTIM timer, PS3.8 9.1.5): bounds port probes.
@@ -372,8 +374,9 @@ class _Instance:
         #: Whether the association has ended before the instance did: `Listener.stop` may abort it.
         self._is_over = is_over
         self._part: Part | None = None
-        #: Why the instance cannot be stored, and its first bytes, which say which series will lack it.
+        #: Why the instance cannot be stored.
         self._failed: Exception | None = None
+        #: Its first bytes.
         self._head = bytearray()
         try:
             self._part = spool.begin(
@@ -388,16 +391,14 @@ class _Instance:
 
     def write(self, fragment: memoryview) -> None:
         """Take the next bytes; once storing has failed they are heard out, for the answer can only come at the end."""
+        if len(self._head) < _HEAD:
+            self._head += fragment[: _HEAD - len(self._head)]
         if self._part is not None:
             try:
                 self._part.write(fragment)
-                return
             except OSError as error:
                 self._failed = error
-                with suppress(OSError):
-                    self._head += self._part.dataset()[:_HEAD]
                 self.drop()
-        self._head += fragment[: max(_HEAD - len(self._head), 0)]
 
     def drop(self) -> None:
         """Leave nothing on disk."""
@@ -426,7 +427,7 @@ class _Instance:
         try:
             if self._part is None:
                 return self._refused(self._failed)
-            header = read_header(self._part.dataset(), request.transfer_syntax)
+            header = self._header(self._part)
             if mismatch := _mismatch(header, request):
                 mend = "the sender's object and request differ; its maker has to mend it"
                 log.warning("C-STORE refused", status="A900", reason=mismatch, number=number, mend=mend)
@@ -435,8 +436,6 @@ class _Instance:
         except (HeaderError, InvalidUIDError) as error:
             return self._refused(error)
         except OSError as error:
-            if self._part is not None:
-                self._head += self._part.dataset()[:_HEAD]
             return self._refused(error)
         self._assembly.received(self._association, header, stored)
         if stored.outcome == "differs":
@@ -446,6 +445,13 @@ class _Instance:
             )
             return COERCED, "instance known with other content; first one kept"
         return SUCCESS, ""
+
+    def _header(self, part: Part) -> InstanceHeader:
+        """The header, for nearly every instance without going back to what was written."""
+        try:
+            return read_header(self._head, self._request.transfer_syntax, size=part.size)
+        except HeaderError:
+            return read_header(part.dataset(), self._request.transfer_syntax)
 
     def _refused(self, error: Exception | None) -> tuple[int, str]:
         number = self._association.number
@@ -471,13 +477,16 @@ _KNOWN_STORAGE = frozenset(str(context.abstract_syntax) for context in AllStorag
 
 def _storage_contexts(proposed: Iterable[PresentationContext]) -> list[PresentationContext]:
     """Contexts for those proposed SOP classes that are storage, private, or younger than our list."""
-    return [
-        build_context(uid, list(TRANSFER_SYNTAXES))
-        for uid in {str(cx.abstract_syntax) for cx in proposed}
-        if _is_storage(uid)
-    ]
+    return [_storage_context(uid) for uid in {str(cx.abstract_syntax) for cx in proposed} if _is_storage(uid)]
 
 
+@functools.lru_cache(512)
+def _storage_context(uid: str) -> PresentationContext:
+    """A context, which an acceptor only reads; to make those of one association anew takes 20 ms."""
+    return build_context(uid, list(TRANSFER_SYNTAXES))
+
+
+@functools.lru_cache(512)
 def _is_storage(uid: str) -> bool:
     known = UID(uid)
     return uid in _KNOWN_STORAGE or known.is_private or not hasattr(sop_class, known.keyword or "?")

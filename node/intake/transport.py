@@ -485,9 +485,16 @@ class _Reactor(DULServiceProvider):
             self.socket.linger()
             self.socket.close()
             return True
-        if not self.event_queue.empty():
-            return False
-        return bool(super()._is_transport_event())
+        heard = False
+        # What comes as P-DATA is done with when it has been read; the loop, which sleeps a little in each round and
+        # lets another thread have the interpreter, has nothing to do until something else comes or is to be sent.
+        while self.event_queue.empty() and self.to_provider_queue.empty() and not self._kill_thread:
+            if self.socket is None or not self.socket.ready:
+                break
+            self._read_pdu_data()
+            self._idle_timer.restart()
+            heard = True
+        return heard
 
     def _read_pdu_data(self) -> None:
         """Take all the P-DATA-TF PDUs that are here; leave every other PDU to pynetdicom."""

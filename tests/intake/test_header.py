@@ -85,6 +85,30 @@ def test_broken_bytes_raise_nothing_but_header_errors_without_patient_data(data:
     assert "SECRET" not in said
 
 
+@given(st.data(), nested(), st.sampled_from(NATIVE))
+def test_first_bytes_say_what_the_whole_says_or_nothing(data: st.DataObject, around: Dataset, ts: UID) -> None:
+    ds = dataset(0)
+    ds.update(around)
+    whole = bytearray(encoded(ds, ts))
+    for _ in range(data.draw(st.integers(0, 2))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    for _ in range(20):
+        first = whole[: data.draw(st.integers(0, len(whole)))]
+        try:
+            found = read_header(first, ts, size=len(whole))
+        except HeaderError:
+            continue
+        assert found == read_header(whole, ts)
+
+
+@pytest.mark.parametrize("transfer_syntax", NATIVE[:3])
+def test_first_bytes_up_to_the_pixels_are_enough(transfer_syntax: UID) -> None:
+    whole = encoded(dataset(0, size=64), transfer_syntax)
+    assert read_header(whole[:-8000], transfer_syntax, size=len(whole)) == read_header(whole, transfer_syntax)
+    with pytest.raises(HeaderError, match="ends within its pixel data"):
+        read_header(whole[:-8000], transfer_syntax, size=len(whole) - 1)
+
+
 @given(st.binary(max_size=400), st.sampled_from(NATIVE))
 def test_bytes_that_are_no_dicom_are_refused(junk: bytes, transfer_syntax: UID) -> None:
     with pytest.raises(HeaderError):
