@@ -353,7 +353,7 @@ class Listener:
             str(context.transfer_syntax),
         )
         instance = self._begin(event.assoc, request)
-        instance.write(asked.DataSet.getbuffer())
+        instance.write([asked.DataSet.getbuffer()])
         return _answer(*instance.end())
 
 
@@ -389,13 +389,14 @@ class _Instance:
         except (OSError, InvalidUIDError) as error:
             self._failed = error
 
-    def write(self, fragment: memoryview) -> None:
+    def write(self, fragments: Sequence[memoryview]) -> None:
         """Take the next bytes; once storing has failed they are heard out, for the answer can only come at the end."""
-        if len(self._head) < _HEAD:
-            self._head += fragment[: _HEAD - len(self._head)]
+        for fragment in fragments:
+            if len(self._head) < _HEAD:
+                self._head += fragment[: _HEAD - len(self._head)]
         if self._part is not None:
             try:
-                self._part.write(fragment)
+                self._part.write(*fragments)
             except OSError as error:
                 self._failed = error
                 self.drop()

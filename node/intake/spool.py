@@ -99,16 +99,12 @@ class Part:
         self._start = len(meta)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         #: Bytes of the data set so far.
-        self.size = -len(meta)
+        self.size = 0
+        self._unwritten: tuple[bytes, ...] = (meta,)
         self._unchecked = 0
-        try:
-            self.write(meta)
-        except OSError:
-            self.drop()
-            raise
 
-    def write(self, fragment: bytes | bytearray | memoryview) -> None:
-        """Append bytes of the data set.
+    def write(self, *fragments: bytes | bytearray | memoryview) -> None:
+        """Append bytes of the data set, at most 1000 fragments of it.
 
         Raises
         ------
@@ -117,18 +113,24 @@ class Part:
         OSError
             The filesystem failed otherwise.
         """
-        self._unchecked += len(fragment)
+        count = sum(map(len, fragments))
+        self._unchecked += count
         if self._unchecked >= _CHECK_EVERY:
             self._unchecked = 0
             self._spool.require_room()
             os.fsync(self._file)
-        rest = memoryview(fragment)
+        rest = [*self._unwritten, *fragments]
+        self._unwritten = ()
         try:
             while rest:
-                rest = rest[os.write(self._file, rest) :]
+                written = os.writev(self._file, rest)
+                while rest and written >= len(rest[0]):
+                    written -= len(rest.pop(0))
+                if written:
+                    rest[0] = memoryview(rest[0])[written:]
         except OSError as error:
             raise _full(error) from error
-        self.size += len(fragment)
+        self.size += count
 
     def dataset(self) -> memoryview:
         """The data set as far as it was written: mapped, so that only what is looked at is read."""

@@ -57,6 +57,9 @@ MAXIMUM_COMMAND: Final = 1 << 20
 #: Connections that have not yet asked for an association. One more closes the oldest: who means it asks at once.
 PORCH: Final = 256
 
+#: Fragments that are passed on at a time; a vectored write takes 1024 of them (IOV_MAX).
+_MOST_FRAGMENTS: Final = 1000
+
 #: Seconds after which a wait looks round again though nothing happened; nothing depends on it.
 _LOOK_ROUND_S: Final = 1.0
 
@@ -80,7 +83,7 @@ class StoreRequest:
 class Incoming(Protocol):
     """Takes the data set of one C-STORE; none of its methods raises."""
 
-    def write(self, fragment: memoryview) -> None:
+    def write(self, fragments: Sequence[memoryview]) -> None:
         """Take the next bytes, which are gone when this returns."""
 
     def end(self) -> tuple[int, str]:
@@ -294,8 +297,8 @@ class _Handler(RequestHandler):
 class _Socket(AssociationSocket):
     """A socket with a buffer, that is ready when a whole PDU has come."""
 
-    #: Two of the largest PDUs.
-    _ROOM = 2 * (MAXIMUM_PDU + 16)
+    #: Four of the largest PDUs: with a core that is busy a slice comes in one or two readings.
+    _ROOM = 4 * (MAXIMUM_PDU + 16)
 
     def __init__(self, association: Association, connection: socket.socket, received: bytes) -> None:
         self._bell, self._rope = socket.socketpair()
@@ -438,6 +441,8 @@ class _Reactor(DULServiceProvider):
         #: The presentation context of the message that is coming.
         self._context_id: int | None = None
         self._command = bytearray()
+        #: What was read of an instance and not yet passed on.
+        self._fragments: list[memoryview] = []
         #: Bytes of the data set of a message that pynetdicom takes; None while none is due.
         self._other: int | None = None
         self._storing = False
@@ -498,6 +503,12 @@ class _Reactor(DULServiceProvider):
 
     def _read_pdu_data(self) -> None:
         """Take all the P-DATA-TF PDUs that are here; leave every other PDU to pynetdicom."""
+        try:
+            self._read_pdus()
+        finally:
+            self._pass_on()
+
+    def _read_pdus(self) -> None:
         connection = self.socket
         assert connection is not None
         while (head := connection.head()) is not None:
@@ -585,7 +596,9 @@ class _Reactor(DULServiceProvider):
             self._context_id = None
 
     def _take_instance(self, incoming: Incoming, fragment: memoryview, last: bool) -> None:
-        incoming.write(fragment)
+        self._fragments.append(fragment)
+        if last or len(self._fragments) >= _MOST_FRAGMENTS:
+            self._pass_on()
         if not last:
             return
         self._storing = True
@@ -599,6 +612,12 @@ class _Reactor(DULServiceProvider):
         assert self._context_id is not None
         self.socket.send(_store_response(self._context_id, self._request, status, comment))
         self._context_id = None
+
+    def _pass_on(self) -> None:
+        """Write what has come of an instance, at one go: each call lets another thread have the interpreter."""
+        fragments, self._fragments = self._fragments, []
+        if fragments and self.incoming is not None:
+            self.incoming.write(fragments)
 
     def _take_other(self, fragment: memoryview, last: bool) -> None:
         """The data set of a request that pynetdicom serves."""
