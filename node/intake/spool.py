@@ -3,6 +3,11 @@
 When `Part.keep` has returned, the bytes are under their final name and survive the loss of power: the file was
 fsynced, then linked, then the folder was fsynced. A data set is kept as it was sent, never decoded and encoded again,
 behind a File Meta Information of our own (PS3.10 7.1). One process at a time receives into a spool; any may read it.
+
+The bytes are synced before they get their name, though that costs the journal two commits. With the name first a loss
+of power could leave a file that was never acknowledged under its final name and without its bytes, and its resend would
+be told that another is kept. Where a file system writes its journal in order one commit could do, but brings little:
+0.1 of 1.1 ms a slice over one association, and nothing over eight, which share their commits.
 """
 
 from __future__ import annotations
