@@ -212,6 +212,8 @@ def fit(
             if now - saved > CHECKPOINT_SECONDS:
                 run.save()
                 saved = now
+    if run.step % 50 and not math.isnan(smooth):
+        run.note(loss=smooth)
     return run.save()
 
 
@@ -223,14 +225,15 @@ class _Run:
         self.model = build(plan.network)
         if plan.imagenet:
             begin_with_imagenet(self.model)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         averaging = get_ema_multi_avg_fn(0.997)  # type: ignore[no-untyped-call]
         self.average = AveragedModel(self.model, multi_avg_fn=averaging, use_buffers=True)
         self.optimiser = torch.optim.AdamW(self.model.parameters(), weight_decay=1e-4)
         self.loss = _loss(task)
         out.mkdir(parents=True, exist_ok=True)
         if (out / "checkpoint.pt").exists():
-            state = torch.load(out / "checkpoint.pt", weights_only=True)
+            state = torch.load(out / "checkpoint.pt", self.device, weights_only=True)
             for name in ("model", "average", "optimiser"):
                 getattr(self, name).load_state_dict(state[name])
             self.step, self.spent = state["step"], state["spent"]
@@ -248,9 +251,10 @@ class _Run:
 
         bf16 with channels last is 2 to 3 times as fast as fp32 on a CPU with AVX-512 BF16.
         """
+        image, target = image.to(self.device), target.to(self.device)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16):
             logits = self.model(image.contiguous(memory_format=torch.channels_last))
         loss: Tensor = self.loss(logits.float().contiguous(), target)
         self.optimiser.zero_grad(set_to_none=True)
@@ -271,7 +275,7 @@ class _Run:
         torch.save(parts | {"step": self.step, "spent": self.spent}, part)
         part.replace(self.out / "checkpoint.pt")
         state = self.average.module.state_dict()
-        halves = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
+        halves = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
         save_file(halves, self.out / "model.safetensors")
         return self.out / "model.safetensors"
 

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from models.networks.efficientnet_unet import EfficientNetUNet
-from models.training import train
+from models.training import evaluate, train
 from models.training.datasets import Patient, phantoms, stack
 from models.training.sampling import Slices
+from node.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +91,63 @@ def test_imagenet_weights_fit_the_encoder() -> None:
     assert not torch.equal(before, network.blocks[3].depthwise[0].weight)
     with pytest.raises(ValueError, match="do not fit"):
         network.load_imagenet({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)})
+
+
+# The commands
+
+
+def lines(*arguments: str, exit_code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160"})
+    assert result.exit_code == exit_code, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of public data that holds none; what is learnt from and measured on are a few small phantoms."""
+    (tmp_path / "data" / "slices").mkdir(parents=True)
+    lungs = replace(SMALL, network=SMALL.network | {"in_channels": 1, "out_channels": 3}, context=0)
+    monkeypatch.setitem(train.PLANS, "lungs", lungs)
+    monkeypatch.setattr(train, "patients_of", lambda task, folder: [])
+    monkeypatch.setattr(evaluate, "patients_of", lambda task, folder: [])
+    monkeypatch.setattr(train, "TRAINING_PHANTOMS", range(1000, 1001))
+    monkeypatch.setattr(evaluate, "VALIDATION_PHANTOMS", range(0))
+    monkeypatch.setattr(evaluate, "TEST_PHANTOMS", range(3000, 3002))
+    return tmp_path / "data"
+
+
+def test_train_writes_weights_and_a_curve_and_goes_on(data: Path, tmp_path: Path) -> None:
+    command = ("train", "lungs", "--data", str(data), "--out", str(tmp_path / "run"))
+
+    told = lines(*command, "--steps", "3")
+    assert f"weights: {tmp_path / 'run' / 'model.safetensors'}" in told
+    assert f"curve: {tmp_path / 'run' / 'curve.png'}" in told
+    assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    lines(*command, "--steps", "5")
+    lines(*command, "--steps", "5")
+
+    curve = [json.loads(line)["step"] for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
+    assert curve == [3, 5]
+
+
+def test_train_and_evaluate_say_what_they_lack(data: Path, tmp_path: Path) -> None:
+    lines("train", "lungs", "--data", str(data), exit_code=1)
+    lines("train", "lungs", "--data", str(data), "--steps", "3", "--minutes", "1", exit_code=1)
+    lines("train", "lungs", "--data", str(tmp_path / "elsewhere"), "--steps", "3", exit_code=1)
+    lines("evaluate", "lungs", "--data", str(data), "--bundle", "nobodys", exit_code=1)
+
+
+def test_evaluate_tells_figures_and_draws_cases(data: Path, tmp_path: Path) -> None:
+    command = ("evaluate", "lungs", "--data", str(data), "--pictures", str(tmp_path / "seen"))
+
+    told = json.loads(lines(*command, "--json"))
+    assert told["model"]["name"] == "lungs"
+    figures = {(one["source"], one["measure"]): one for one in told["figures"]}
+    dice = figures["phantom", "Dice lungs"]
+    assert 0.9 < dice["low"] <= dice["mean"] <= dice["high"] <= 1
+    assert dice["patients"] == 2
+    assert (tmp_path / "seen" / "lungs-phantom.png").read_bytes().startswith(b"\x89PNG")
+
+    table = lines(*command)
+    assert f"{dice['mean']:.3f}" in table
+    assert "95 % interval" in table
