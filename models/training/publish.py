@@ -29,6 +29,7 @@ from models.training.calibration import MINIMUM_EXTENT_MM, MINIMUM_LESION_MM3, R
 from models.training.crossvalidate import read_out_of_fold
 from models.training.datasets import Patient
 from models.training.evaluate import (
+    ALIKE,
     LESION_OVERLAP,
     SURFACE_MM,
     Case,
@@ -298,7 +299,7 @@ def _card(
             "## Threshold",
             "",
             f"{metadata['threshold']}: the best mean Dice over validation patients less the share of healthy "
-            "validation slices called positive.",
+            f"validation slices called positive; of those as good within {ALIKE} the one with the best Dice.",
             "",
             "| threshold | mean Dice | healthy slices called positive |",
             "|---|---|---|",

@@ -13,6 +13,7 @@ from PIL import Image
 
 from models.training.datasets import Patient, phantoms
 from models.training.evaluate import (
+    ALIKE,
     Case,
     choose_threshold,
     dice,
@@ -98,7 +99,9 @@ def test_the_threshold_weighs_overlap_against_false_alarms(patients: Sequence[Pa
     real = [Patient(f"real_{p.id}", "real", "own", p.hu, p.lungs, p.infection) for p in patients]
     threshold, table = choose_threshold(infection_chances(predictor(Oracle(-420), 1), real))
     gains = {name: row["dice"] - row["false_positive_slices"] for name, row in table.items()}
-    assert gains[str(threshold)] == pytest.approx(max(gains.values()), abs=2e-4)
+    alike = [name for name, gain in gains.items() if gain >= max(gains.values()) - ALIKE - 2e-4]
+    assert str(threshold) in alike
+    assert table[str(threshold)]["dice"] == max(table[name]["dice"] for name in alike)
     rates = [row["false_positive_slices"] for row in table.values()]
     assert rates == sorted(rates, reverse=True)
 
