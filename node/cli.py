@@ -181,7 +181,9 @@ def analyse(
             progress.stop()
             _fail(str(reason))
     if as_json:
-        print(json.dumps([one.summary | {"files": one.files} for one in done], indent=2))
+        print(
+            json.dumps([one.summary | {"acquisition": one.acquisition, "files": one.files} for one in done], indent=2)
+        )
         return
     from node.status import findings
 

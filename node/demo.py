@@ -202,23 +202,24 @@ def _follow(here: Node, console: Console) -> Series:
 
 
 def _show(series: Series, out: Path, console: Console) -> None:
-    analysis = series.analyses[0] if series.analyses else None
-    if analysis is None:
+    if not series.analyses:
         raise DemoError(series.verdict)
-    console.print()
-    if analysis.summary is not None:
-        console.print(status.findings(analysis.summary))
-    else:
-        console.print(Text(analysis.reason, style="yellow"))
-    console.print()
-    for made in analysis.objects:
-        received = out / "archive" / f"{made.sop_instance_uid}.dcm"
-        if not received.exists():
-            continue
-        console.print(f"{made.kind:14} {_short(received)}", soft_wrap=True, highlight=False)
-        if made.kind == "capture":
-            _picture(received, out / "overlay.png")
-            console.print(f"{'picture':14} {_short(out / 'overlay.png')}", soft_wrap=True, highlight=False)
+    for number, analysis in enumerate(series.analyses, 1):
+        console.print()
+        if analysis.summary is not None:
+            console.print(status.findings(analysis.summary))
+        else:
+            console.print(Text(analysis.about(analysis.reason), style="yellow"))
+        console.print()
+        for made in analysis.objects:
+            received = out / "archive" / f"{made.sop_instance_uid}.dcm"
+            if not received.exists():
+                continue
+            console.print(f"{made.kind:14} {_short(received)}", soft_wrap=True, highlight=False)
+            if made.kind == "capture":
+                picture = out / (f"overlay-{number}.png" if number > 1 else "overlay.png")
+                _picture(received, picture)
+                console.print(f"{'picture':14} {_short(picture)}", soft_wrap=True, highlight=False)
     state = status.state(series)
     if state not in ("delivered", "not analysed"):
         raise DemoError(f"the journey ended as '{state}'; see {out / 'node.log'}")

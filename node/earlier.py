@@ -14,7 +14,7 @@ from pydicom.dataset import Dataset
 from sqlalchemy import select
 
 from models.registry import ModelIdentity
-from node.ledger import Analysis, Ledger, Series
+from node.ledger import Analysis, Ledger
 from node.results import Earlier
 
 #: Latest analyses that are looked at: reading so many headers takes about half a second, and in a hospital it is some
@@ -24,28 +24,37 @@ LOOKED_AT = 500
 _WHO = ("PatientID", "IssuerOfPatientID", "PatientBirthDate", "StudyDate", "StudyInstanceUID")
 
 
-def results_of(ledger: Ledger, spool: Path, series_id: int, models: tuple[ModelIdentity, ...]) -> list[Earlier]:
-    """Results of earlier studies of the patient of a series, by the same models; one a study."""
+def results_of(ledger: Ledger, spool: Path, analysis: int, models: tuple[ModelIdentity, ...]) -> list[Earlier]:
+    """Results of earlier studies of the patient of an analysis, by the same models; one a study.
+
+    Of several acquisitions in the series that was analysed last, the one that is called as this one counts, else the
+    one with the largest lungs: an inspiration, rather than an expiration.
+    """
     with ledger() as session:
-        mine = session.get_one(Series, series_id)
-        done = select(Analysis).where(Analysis.state == "done", Analysis.series_id != series_id)
+        mine = session.get_one(Analysis, analysis)
+        done = select(Analysis).where(Analysis.state == "done", Analysis.series_id != mine.series_id)
         analyses = session.scalars(done.order_by(Analysis.id.desc()).limit(LOOKED_AT)).all()
-        candidates = [(one.series.instances[0], one.summary) for one in analyses if one.summary]
-        first = mine.instances[0]
+        candidates = [(one.series.instances[0], one, one.summary) for one in analyses if one.summary]
+        first = mine.series.instances[0]
     if (here := _header(spool / first)) is None or (today := _day(here)) is None or not here.get("PatientID"):
         return []
-    by_study: dict[str, Earlier] = {}
-    for name, summary in candidates:
-        if [(one["name"], one["version"]) for one in summary["models"]] != [(one.name, one.version) for one in models]:
+    by_study: dict[str, list[tuple[int, tuple[bool, float], Earlier]]] = {}
+    for name, one, summary in candidates:
+        made_by = [(model["name"], model["version"]) for model in summary["models"]]
+        if made_by != [(model.name, model.version) for model in models]:
             continue
         header = _header(spool / name)
         if header is None or _who(header) != _who(here) or header.StudyInstanceUID == here.StudyInstanceUID:
             continue
         if (day := _day(header)) is not None and day < today:
             both = summary["lungs"]["both"]
-            # The latest analysis of a study comes first, and counts.
-            by_study.setdefault(str(header.StudyInstanceUID), Earlier(day, both["infected_ml"], both["infected_share"]))
-    return sorted(by_study.values(), key=lambda one: one.day)
+            fits = one.acquisition == mine.acquisition, both["volume_ml"]
+            result = Earlier(day, both["infected_ml"], both["infected_share"])
+            by_study.setdefault(str(header.StudyInstanceUID), []).append((one.series_id, fits, result))
+    # The latest analysis of a study comes first: with it, those of the same series count.
+    latest = [[one for one in told if one[0] == told[0][0]] for told in by_study.values()]
+    found = [max(told, key=lambda one: one[1])[2] for told in latest]
+    return sorted(found, key=lambda one: one.day)
 
 
 def _header(path: Path) -> Dataset | None:

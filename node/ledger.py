@@ -133,10 +133,10 @@ class Owed(Base):
 
 
 class Analysis(Owed):
-    """One route's analysis of one generation of a series."""
+    """One route's analysis of one generation of a series, or of one acquisition in it."""
 
     __tablename__ = "analyses"
-    __table_args__ = (UniqueConstraint("series_id", "route"),)
+    __table_args__ = (UniqueConstraint("series_id", "route", "acquisition"),)
 
     series_id: Mapped[int] = mapped_column(ForeignKey("series.id"), index=True)
     route: Mapped[str] = mapped_column(Text)
@@ -150,6 +150,8 @@ class Analysis(Owed):
     not_analysed: Mapped[str | None] = mapped_column(Text, default=None)
     #: Paths of the instances to analyse, relative to the spool, where they are not all of the series.
     instances: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True), default=None)
+    #: Words that tell it from the series' other acquisitions, such as 'acquisition 2'; empty where it has but one.
+    acquisition: Mapped[str] = mapped_column(Text, default="")
     #: A sentence for the statement, about what was analysed.
     note: Mapped[str] = mapped_column(Text, default="")
     #: Set when the attempts were used up and the study is still to be told: why.
@@ -161,6 +163,10 @@ class Analysis(Owed):
 
     series: Mapped[Series] = relationship(back_populates="analyses")
     objects: Mapped[list[Object]] = relationship(back_populates="analysis", order_by="Object.id")
+
+    def about(self, text: str) -> str:
+        """`text`, and before it which of the series' acquisitions it is about."""
+        return f"{self.acquisition}: {text}" if self.acquisition else text
 
 
 class Object(Base):
@@ -241,7 +247,6 @@ class Event(Base):
 _TABLE: dict[Work, type[Owed]] = {"analyse": Analysis, "deliver": Delivery, "line": Line}
 #: Urgent analyses before the rest, then the oldest.
 _FIRST = (Analysis.urgent.desc(), Analysis.due_at, Analysis.id)
-_STAGE: dict[Work, str] = {"analyse": "analysis", "deliver": "delivery"}
 _ATTEMPTS: dict[Work, int] = {
     "analyse": MAX_ANALYSIS_ATTEMPTS,
     "deliver": MAX_DELIVERY_ATTEMPTS,
@@ -298,6 +303,13 @@ class Ledger:
     def tell(self, session: Session, series_id: int, stage: str, text: str) -> None:
         """Add an event line to a series; `text` holds no patient data."""
         session.add(Event(series_id=series_id, at=time.time(), stage=stage, text=text))
+
+    def tell_of(self, session: Session, row: Owed, text: str) -> None:
+        """Add an event line about an analysis or a delivery to its series; `text` holds no patient data."""
+        analysis = row.object.analysis if isinstance(row, Delivery) else row
+        assert isinstance(analysis, Analysis)
+        stage = "delivery" if isinstance(row, Delivery) else "analysis"
+        self.tell(session, analysis.series_id, stage, analysis.about(text))
 
     def add_series(
         self, session: Session, uid: str, study_uid: str, sop_instance_uids: Iterable[str], complete: bool, **rest: Any
@@ -386,8 +398,7 @@ class Ledger:
             row.gave_up, row.state, row.attempts, row.due_at, row.rung_at = reason, "waiting", 0, 0.0, 0.0
         else:
             row.state, row.finished_at = "failed", time.time()
-        work = "analysis" if isinstance(row, Analysis) else "delivery"
-        self.tell(session, _series_id(row), work, f"set aside: {reason}")
+        self.tell_of(session, row, f"set aside: {reason}")
 
     @contextmanager
     def lease(self, work: Work, row: int) -> Iterator[Lease | None]:
@@ -482,8 +493,8 @@ class Lease:
             if not _rows(session.execute(claim.values(**values, attempts=self._table.attempts + 1))):
                 return False
             if silent is not None and self._work != "line":
-                stage, text = _STAGE[self._work], f"attempt {silent} ended without a word: its process died or hung"
-                self._ledger.tell(session, _series_id(session.get_one(self._table, self.row)), stage, text)
+                text = f"attempt {silent} ended without a word: its process died or hung"
+                self._ledger.tell_of(session, session.get_one(self._table, self.row), text)
             return True
 
     @contextmanager
@@ -531,8 +542,7 @@ class Lease:
             row.state, row.reason, row.lease_owner, row.lease_until, row.rung_at = "waiting", reason, None, 0.0, 0.0
             if counted:
                 row.due_at = time.time() + backoff_s(self._work, row.attempts)
-                stage, text = _STAGE[self._work], f"will be tried again after attempt {row.attempts}: {reason}"
-                self._ledger.tell(session, _series_id(row), stage, text)
+                self._ledger.tell_of(session, row, f"will be tried again after attempt {row.attempts}: {reason}")
             else:
                 row.attempts -= 1
                 row.due_at = time.time()
@@ -622,13 +632,6 @@ def _line(session: Session, peer: str) -> Line:
 def _rows(result: Any) -> int:
     """Rows that an UPDATE changed."""
     return int(result.rowcount)
-
-
-def _series_id(row: Owed) -> int:
-    if isinstance(row, Delivery):
-        row = row.object.analysis
-    assert isinstance(row, Analysis)
-    return row.series_id
 
 
 def _engine(url: str) -> Engine:

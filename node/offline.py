@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -29,14 +30,19 @@ class NothingToAnalyse(ValueError):  # noqa: N818 - not an error of the program
 
 @dataclass(frozen=True)
 class Analysed:
-    """One series' summary (`node.analysis.summary.summary`) and the files written, relative to the out folder."""
+    """A summary (`node.analysis.summary.summary`) and the files written, relative to the out folder."""
 
+    #: Which of a series' acquisitions it is of; empty where it has but one.
+    acquisition: str
     summary: dict[str, Any]
     files: list[str]
 
 
 def analyse_folder(folder: Path, out: Path, device: str, progress: Progress) -> list[Analysed]:
-    """Analyse every chest CT series at or below `folder`; each gets a folder of its own when there are several.
+    """Analyse every chest CT series at or below `folder`, and each acquisition in it.
+
+    Each gets a folder of its own when there are several. What one would expect to be analysed and was not is told on
+    the console.
 
     Raises
     ------
@@ -45,22 +51,30 @@ def analyse_folder(folder: Path, out: Path, device: str, progress: Progress) -> 
     """
     bar = progress.add_task("reading headers", total=None)
     series = closed_folder(folder)
-    chosen, reasons = [], list[str]()
+    chosen, reasons, missed = [], list[str](), list[str]()
     for one in series:
-        verdict = triage(one)
-        if verdict.analyse:
-            chosen.append((one, verdict))
-        else:
-            reasons.append(f"series {one.series_instance_uid}: {verdict.reason}")
+        for number, verdict in enumerate(triage(one)):
+            name = f"series {one.series_instance_uid}{f', {verdict.acquisition}' if verdict.acquisition else ''}"
+            if verdict.analyse:
+                chosen.append((name, one, verdict, results.Part(verdict.acquisition, number)))
+            else:
+                reasons.append(f"{name}: {verdict.reason}")
+                missed += [reasons[-1]] if verdict.tell else []
+    several = len({one.series_instance_uid for _, one, _, _ in chosen}) > 1
     done = []
-    for one, verdict in chosen:
-        target = out if len(chosen) == 1 else out / one.series_instance_uid
+    for name, one, verdict, part in chosen:
+        target = out / one.series_instance_uid if several else out
+        if sum(other is one for _, other, _, _ in chosen) > 1:
+            target /= re.sub("[^a-z0-9.]+", "-", part.name)
         try:
-            done.append(_analyse(one, verdict, target, out, device, progress, bar))
+            done.append(_analyse(one, verdict, part, target, out, device, progress, bar))
         except VolumeError as reason:
-            reasons.append(f"series {one.series_instance_uid}: {reason}")
+            reasons.append(f"{name}: not analysed: {reason}")
+            missed.append(reasons[-1])
     if not done:
         raise NothingToAnalyse("\n".join(reasons) or f"no DICOM series in {folder}")
+    for text in missed:
+        progress.console.print(text, style="yellow", highlight=False, soft_wrap=True)
     return done
 
 
@@ -97,7 +111,14 @@ def _header(path: Path) -> InstanceHeader:
 
 
 def _analyse(
-    series: ClosedSeries, verdict: Verdict, target: Path, out: Path, device: str, progress: Progress, bar: Any
+    series: ClosedSeries,
+    verdict: Verdict,
+    part: results.Part,
+    target: Path,
+    out: Path,
+    device: str,
+    progress: Progress,
+    bar: Any,
 ) -> Analysed:
     def show(stage: str, fraction: float) -> None:
         progress.update(bar, description=stage, total=1.0, completed=fraction)
@@ -108,11 +129,11 @@ def _analyse(
         findings = replace(findings, notes=(verdict.note, *findings.notes))
     show("making objects", 0.0)
     target.mkdir(parents=True, exist_ok=True)
-    made = results.build(volume, findings, None, target, content_datetime=datetime.now().astimezone())
+    made = results.build(volume, findings, None, target, content_datetime=datetime.now().astimezone(), part=part)
     overlay = target / "overlay.png"
     results.overlay_png(volume, findings, overlay)
     for one in made:
         if one.problems:
             progress.console.print(f"{one.path.name} must not be used: {'; '.join(one.problems)}")
     files = [str(path.relative_to(out)) for path in (*(one.path for one in made), overlay)]
-    return Analysed(summary(findings, volume), files)
+    return Analysed(part.name, summary(findings, volume), files)

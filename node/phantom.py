@@ -13,10 +13,10 @@ from node import __version__
 from node.results.identity import uid_of
 
 
-def write_series(phantom: Phantom, folder: Path, seed: int) -> list[Path]:
+def write_series(phantom: Phantom, folder: Path, seed: int, acquisition: int = 1) -> list[Path]:
     """Write a phantom as axial CT slices, head first supine, one file each, superior slice first.
 
-    The UIDs follow from `seed` and the version alone, so writing twice gives the same series.
+    The UIDs follow from `seed`, `acquisition` and the version alone, so writing twice gives the same series.
 
     Parameters
     ----------
@@ -24,6 +24,8 @@ def write_series(phantom: Phantom, folder: Path, seed: int) -> list[Path]:
         Axes inferior → superior, anterior → posterior, right → left; HU.
     folder
         Made when missing.
+    acquisition
+        Acquisition Number. Several of one seed are of one series.
     """
     folder.mkdir(parents=True, exist_ok=True)
     slices, rows, columns = phantom.hu.shape
@@ -32,9 +34,9 @@ def write_series(phantom: Phantom, folder: Path, seed: int) -> list[Path]:
     for n in range(slices):
         k = slices - 1 - n
         ds = _common(seed)
-        ds.SOPInstanceUID = _uid(seed, f"instance {n}")
+        ds.SOPInstanceUID = _uid(seed, f"instance {n}" if acquisition == 1 else f"instance {n} of {acquisition}")
         ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
-        ds.InstanceNumber = n + 1
+        ds.InstanceNumber, ds.AcquisitionNumber = n + 1, acquisition
         ds.ImagePositionPatient = [round(v, 4) for v in (-columns * dx / 2, -rows * dy / 2, k * dz)]
         ds.SliceLocation = ds.ImagePositionPatient[2]
         ds.PixelSpacing = [round(dy, 5), round(dx, 5)]
@@ -42,7 +44,7 @@ def write_series(phantom: Phantom, folder: Path, seed: int) -> list[Path]:
         ds.Rows, ds.Columns = rows, columns
         stored = np.clip(phantom.hu[k].astype(np.int32) + 1024, 0, 4095)
         ds.PixelData = stored.astype("<u2").tobytes()
-        path = folder / f"{n + 1:04d}.dcm"
+        path = folder / (f"{n + 1:04d}.dcm" if acquisition == 1 else f"{acquisition}-{n + 1:04d}.dcm")
         ds.save_as(path, enforce_file_format=True)
         paths.append(path)
     return paths
@@ -67,7 +69,7 @@ def _common(seed: int) -> Dataset:
     ds.StudyTime = ds.SeriesTime = ds.AcquisitionTime = ds.ContentTime = "120000"
     ds.StudyID, ds.AccessionNumber, ds.ReferringPhysicianName = "1", "", ""
     ds.StudyDescription, ds.SeriesDescription = "Procedural phantom", "Thorax phantom"
-    ds.SeriesNumber, ds.AcquisitionNumber = 1, 1
+    ds.SeriesNumber = 1
     ds.Modality, ds.BodyPartExamined, ds.PatientPosition = "CT", "CHEST", "HFS"
     ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
     ds.Manufacturer, ds.ManufacturerModelName, ds.SoftwareVersions = "lungnode", "phantom", __version__

@@ -70,25 +70,18 @@ def intake(here: Node) -> Listener:
 def series_closed(here: Node, closed: ClosedSeries) -> None:
     """Triage a series that intake closed, and write down what is owed for it."""
     try:
-        verdict = triage(closed)
+        verdicts = triage(closed)
         header = dcmread(closed.paths[0], stop_before_pixels=True)
         names = here.settings.peer_names(closed.calling_ae)
         route = next((route for route in here.settings.routes if route.takes(names, header)), None)
         urgent = _urgent(header) or (route is not None and route.urgent)
     except Exception as error:
         # Whatever is wrong with its header, the series must come to an end that can be seen.
-        verdict = Verdict(False, f"not analysed: its header cannot be read ({logs.plainly(error)})")
+        verdicts = [Verdict(False, f"not analysed: its header cannot be read ({logs.plainly(error)})")]
         route, urgent = None, False
-    not_analysed = None
-    if not verdict.analyse:
-        decision = verdict.reason
-        if route is not None and verdict.tell and route.tell_not_analysed:
-            not_analysed = verdict.reason.removeprefix("not analysed: ")
-    elif route is None:
-        decision = "not analysed: no route takes it"
-    else:
-        decision = f"route '{route.name}': {verdict.reason}"
-    owed = route is not None and (verdict.analyse or not_analysed is not None)
+    decision = "; ".join(f"{one.acquisition}: {one.reason}" if one.acquisition else one.reason for one in verdicts)
+    if any(one.analyse for one in verdicts):
+        decision = "not analysed: no route takes it" if route is None else f"route '{route.name}': {decision}"
     with here.ledger() as session:
         series = here.ledger.add_series(
             session,
@@ -106,19 +99,20 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
             return
         here.ledger.tell(session, series.id, "received", f"{len(closed.paths)} instances: {closed.reason}")
         here.ledger.tell(session, series.id, "triage", decision)
-        if route is not None and owed:
-            destinations = {peer: list(kinds) for peer, kinds in route.to.items()}
-            series.analyses.append(
-                Analysis(
-                    route=route.name,
-                    urgent=urgent,
-                    destinations=destinations,
-                    tell=route.tell_not_analysed,
-                    not_analysed=not_analysed,
-                    instances=[str(closed.paths[n].relative_to(here.spool)) for n in verdict.part] or None,
-                    note=verdict.note,
+        for verdict in verdicts:
+            if route is not None and (verdict.analyse or (verdict.tell and route.tell_not_analysed)):
+                series.analyses.append(
+                    Analysis(
+                        route=route.name,
+                        urgent=urgent,
+                        destinations={peer: list(kinds) for peer, kinds in route.to.items()},
+                        tell=route.tell_not_analysed,
+                        not_analysed=None if verdict.analyse else verdict.reason.removeprefix("not analysed: "),
+                        instances=[str(closed.paths[n].relative_to(here.spool)) for n in verdict.part] or None,
+                        acquisition=verdict.acquisition,
+                        note=verdict.note,
+                    )
                 )
-            )
         session.flush()
         superseding.drop_waiting(here.ledger, session, series)
         bells = [analysis.id for analysis in series.analyses]

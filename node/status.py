@@ -18,7 +18,8 @@ _WHOLE = select(Series).options(
     selectinload(Series.analyses)
     .selectinload(Analysis.objects)
     .selectinload(Object.deliveries)
-    .joinedload(Delivery.object),
+    .joinedload(Delivery.object)
+    .joinedload(Object.analysis),
 )
 
 #: Colours of states; each state is also told by its word.
@@ -69,7 +70,7 @@ def state(series: Series) -> str:
             return word
     if states == {"superseded"} or sent == {"superseded"}:
         return "superseded"
-    if "refused" in states:
+    if states <= {"refused", "superseded"}:
         return "not analysed"
     return "confirmed" if owed and sent <= {"confirmed", "superseded"} else "delivered"
 
@@ -133,11 +134,11 @@ def timeline(series: Series) -> Table:
         made.add_row(f"{_time(event.at, '%H:%M:%S')}  +{event.at - start:.1f} s", event.stage, Text(event.text))
     for analysis in series.analyses:
         if analysis.state in ("waiting", "running"):
-            made.add_row("now", "analysis", Text(_owed(analysis)))
+            made.add_row("now", "analysis", Text(analysis.about(_owed(analysis))))
     for delivery in deliveries(series):
         if delivery.state in ("waiting", "running", "failed"):
             text = f"{delivery.object.kind} to {delivery.peer}: {_owed(delivery)}"
-            made.add_row("now", "delivery", Text(text))
+            made.add_row("now", "delivery", Text(delivery.object.analysis.about(text)))
     for line in to_do(series):
         made.add_row("", "to do", Text(line))
     return made
@@ -220,6 +221,7 @@ def as_json(series: list[Series]) -> list[dict[str, Any]]:
             "analyses": [
                 {
                     "route": analysis.route,
+                    "acquisition": analysis.acquisition,
                     "state": analysis.state,
                     "attempts": analysis.attempts,
                     "reason": analysis.reason,
@@ -246,12 +248,13 @@ def deliveries(series: Series) -> list[Delivery]:
 
 
 def _what(series: Series) -> str:
-    """The most telling line: what failed, else what was found, else what was decided."""
-    for work in (*deliveries(series), *series.analyses):
-        waits = work.state == "waiting" and work.reason and not (isinstance(work, Delivery) and _stored(work))
-        if waits or work.state in ("failed", "refused"):
-            return work.reason
-    return series.analyses[0].reason or series.verdict if series.analyses else series.verdict
+    """The most telling line: what is not delivered, else what came of the analyses, else what was decided."""
+    for one in deliveries(series):
+        waits = one.state == "waiting" and one.reason and not _stored(one)
+        if waits or one.state in ("failed", "refused"):
+            return one.object.analysis.about(one.reason)
+    told = [analysis.about(analysis.reason) for analysis in series.analyses if analysis.reason]
+    return "; ".join(told) or series.verdict
 
 
 def _stored(delivery: Delivery) -> bool:

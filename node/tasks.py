@@ -169,12 +169,13 @@ def analyse(row: int) -> None:
             known = {one.sop_instance_uid for one in analysis.objects}  # from before a retry by hand
             new = [one for one in made.objects if one.sop_instance_uid not in known]
             analysis.objects += [_as_row(here, one, work.profiles) for one in new]
-            here.ledger.tell(session, analysis.series_id, "analysis", made.reason)
+            here.ledger.tell_of(session, analysis, made.reason)
             for one in new:
                 if one.problems:
-                    here.ledger.tell(session, analysis.series_id, "check", f"{one.kind} {_stopped(one)}")
+                    text = analysis.about(f"{one.kind} {_stopped(one)}")
+                    here.ledger.tell(session, analysis.series_id, "check", text)
             session.flush()
-            superseding.supersede(here.ledger, session, analysis, {one.sop_instance_uid for one in made.objects})
+            superseding.supersede(here.ledger, session, analysis)
             session.flush()
             analysis.objects += _rejection_notes(here, session, analysis, work)
             bells = {delivery.peer for one in analysis.objects for delivery in one.deliveries}
@@ -245,9 +246,10 @@ class Sweeper(threading.Thread):
 class _Work:
     """What an analysis needs of its rows."""
 
-    series_id: int
+    row: int
     series_uid: str
     paths: list[Path]
+    part: results.Part
     note: str
     folder: Path
     #: What each peer gets, and in which form, by the peer's name.
@@ -277,11 +279,12 @@ def _begin(here: Node, row: int) -> _Work:
             analysis.content_at = now.timestamp()
         again = f", attempt {analysis.attempts}" if analysis.attempts > 1 else ""
         what = "started" if analysis.gave_up is None else "making the objects that tell the study of it"
-        here.ledger.tell(session, series.id, "analysis", f"{what}{again}")
+        here.ledger.tell_of(session, analysis, f"{what}{again}")
         return _Work(
-            series.id,
+            row,
             series.series_instance_uid,
             [here.spool / name for name in analysis.instances or series.instances],
+            results.Part(analysis.acquisition, series.analyses.index(analysis)),
             analysis.note,
             here.results / series.series_instance_uid / f"{series.generation}-{analysis.id}",
             {peer: here.settings.profile(peer, kinds) for peer, kinds in analysis.destinations.items()},
@@ -306,10 +309,17 @@ def _make(here: Node, work: _Work) -> _Made:
         return _not_analysed(work, str(refusal))
     if work.note:
         findings = replace(findings, notes=(work.note, *findings.notes))
-    before = earlier.results_of(here.ledger, here.spool, work.series_id, findings.models)
+    before = earlier.results_of(here.ledger, here.spool, work.row, findings.models)
     profiles = _with_fallback(work.profiles)
     made = results.build(
-        volume, findings, None, work.folder, profiles, content_datetime=work.content_at, earlier=before
+        volume,
+        findings,
+        None,
+        work.folder,
+        profiles,
+        content_datetime=work.content_at,
+        earlier=before,
+        part=work.part,
     )
     return _Made("done", outcome(findings), made, summary(findings, volume))
 
@@ -323,7 +333,7 @@ def _segmented(here: Node, work: _Work) -> tuple[Volume, Findings]:
     except CardMemoryError as error:
         log.warning("analysed on the CPU", series=work.series_uid, because=str(error))
         with here.ledger() as session:
-            here.ledger.tell(session, work.series_id, "analysis", f"goes on on the CPU: {error}")
+            here.ledger.tell_of(session, session.get_one(Analysis, work.row), f"goes on on the CPU: {error}")
         return pipeline.analyse(work.paths, segmenter("cpu", *models), told)
 
 
@@ -335,7 +345,7 @@ def _told(here: Node, work: _Work) -> Callable[[str, float], None]:
         if stage not in told:
             told.add(stage)
             with here.ledger() as session:
-                here.ledger.tell(session, work.series_id, "analysis", stage)
+                here.ledger.tell_of(session, session.get_one(Analysis, work.row), stage)
 
     return progress
 
@@ -345,7 +355,9 @@ def _not_analysed(work: _Work, reason: str) -> _Made:
         return _Made("refused", f"not analysed: {reason}", [])
     headers = [dcmread(path, stop_before_pixels=True) for path in work.paths]
     profiles = _with_fallback(work.profiles)
-    made = results.not_analysed(headers, reason, work.folder, profiles, content_datetime=work.content_at)
+    made = results.not_analysed(
+        headers, reason, work.folder, profiles, content_datetime=work.content_at, part=work.part
+    )
     return _Made("refused", f"not analysed: {reason}", made)
 
 
@@ -393,7 +405,7 @@ def _rejection_notes(here: Node, session: Session, analysis: Analysis, work: _Wo
         if outdated:
             named = [(one.sop_class_uid, one.sop_instance_uid, one.series_instance_uid) for one in outdated]
             header = dcmread(work.paths[0], stop_before_pixels=True)
-            made = results.rejection_note(header, named, work.folder, f"rejection-note-{n}", work.content_at)
+            made = results.rejection_note(header, named, work.folder, f"rejection-note-{n}", work.content_at, work.part)
             row = _as_row(here, made, {})
             row.kind, row.deliveries = "rejection-note", [Delivery(peer=name)]
             notes.append(row)

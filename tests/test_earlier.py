@@ -32,7 +32,7 @@ class Archive:
         models: Any = MODELS,
         **attributes: Any,
     ) -> int:
-        """One series of one slice in the spool; gives its row's id."""
+        """One series of one slice in the spool; gives the id of its analysis' row."""
         self._count += 1
         study, name = study or f"1.2.3.{self._count}", f"1.2.4.{self._count}"
         told = {"StudyDate": day, "StudyInstanceUID": study, **attributes}
@@ -54,12 +54,29 @@ class Archive:
             )
             assert row is not None
             told_in = json.loads(json.dumps(summary(findings, chest.volume)))
-            row.analyses.append(Analysis(route="r", destinations={}, state=state, summary=told_in))
+            analysis = Analysis(route="r", destinations={}, state=state, summary=told_in)
+            row.analyses.append(analysis)
             session.flush()
-            return int(row.id)
+            return int(analysis.id)
 
-    def before(self, series_id: int, models: Any = MODELS) -> list[earlier.Earlier]:
-        return earlier.results_of(self.ledger, self.spool, series_id, models)
+    def split(self, analysis: int, **shares: float) -> list[int]:
+        """Let the series of an analysis have acquisitions, with these parts of its lungs; gives their rows' ids."""
+        made = []
+        with self.ledger() as session:
+            whole = session.get_one(Analysis, analysis)
+            session.expunge(whole)
+            session.delete(session.get_one(Analysis, analysis))
+            for acquisition, share in shares.items():
+                told = json.loads(json.dumps(whole.summary))
+                told["lungs"]["both"] = {name: value * share for name, value in told["lungs"]["both"].items()}
+                of = {"series_id": whole.series_id, "route": "r", "destinations": {}, "acquisition": acquisition}
+                made.append(Analysis(**of, state="done", summary=told))
+            session.add_all(made)
+            session.flush()
+            return [int(one.id) for one in made]
+
+    def before(self, analysis: int, models: Any = MODELS) -> list[earlier.Earlier]:
+        return earlier.results_of(self.ledger, self.spool, analysis, models)
 
 
 @pytest.fixture
@@ -107,6 +124,17 @@ def test_the_latest_analysis_of_a_study_counts(archive: Archive) -> None:
     (only,) = archive.before(now := archive.add("20260310"))
     archive.add("20260302", ((-75.0, 45.0, 0.0), 40.0))
     assert only.infected_ml == archive.before(now)[1].infected_ml
+
+
+def test_of_several_acquisitions_the_same_counts_else_the_one_with_the_largest_lungs(archive: Archive) -> None:
+    before, now = archive.add("20260301"), archive.add("20260310")
+    (whole,) = archive.before(now)
+    archive.split(before, a=0.5, b=1.0, c=0.25)
+    assert archive.before(now) == [whole]
+    # Those of one series are not compared with each other, whichever is analysed last.
+    first, second = archive.split(now, c=0.5, d=1.0)
+    assert [one.infected_ml for one in archive.before(first)] == [whole.infected_ml * 0.25]
+    assert archive.before(second) == [whole]
 
 
 def test_files_that_were_dropped_or_damaged_are_passed_over(archive: Archive) -> None:

@@ -128,15 +128,25 @@ def test_covid_case_from_storescu_to_orthanc(
     assert orthanc.get("/statistics").json()["CountInstances"] == 4
 
 
-def test_phantom_reaches_orthanc_and_the_terminal_tells(node: RunningNode, orthanc: Orthanc, tmp_path: Path) -> None:
-    write_series(phantom(3, severity=2), tmp_path / "ct", 3)
+def test_two_acquisitions_reach_orthanc_and_the_terminal_tells(
+    node: RunningNode, orthanc: Orthanc, tmp_path: Path
+) -> None:
+    ct = [write_series(phantom(3, severity=2), tmp_path / "ct", 3, acquisition) for acquisition in (1, 2)]
     storescu(tmp_path / "ct", node)
     wait_until_finished(node)
-    assert orthanc.get("/statistics").json()["CountInstances"] == 4
+    objects = fetch(orthanc, dcmread(ct[0][0]).StudyInstanceUID)
+    assert len({one.SeriesInstanceUID for one in objects}) == len({one.SeriesNumber for one in objects}) == 8
+    for acquisition, paths in enumerate(ct, 1):
+        of_it = [one for one in objects if one.SeriesDescription.endswith(f", acquisition {acquisition}")]
+        assert sorted(one.Modality for one in of_it) == ["OT", "SEG", "SEG", "SR"]
+        (lungs,) = [one for one in of_it if "lungs" in one.SeriesDescription]
+        named = {item.ReferencedSOPInstanceUID for item in lungs.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
+        assert named == {dcmread(path).SOPInstanceUID for path in paths}
     table = node.command("status").stdout
     assert "delivered" in table
-    assert "4/4" in table
+    assert "8/8" in table
     timeline = node.command("status", "1").stdout
+    assert "acquisition 2: sr delivered to pacs" in timeline
     for stage in ("received", "triage", "analysis", "delivery"):
         assert stage in timeline
     assert node.command("echo", "pacs").returncode == 0

@@ -74,27 +74,6 @@ def test_routed_chest_ct_is_owed_once(
     assert series.verdict.startswith("route 'chest': axial chest CT, 40 slices")
 
 
-def test_of_two_acquisitions_in_a_series_one_is_owed_and_the_statement_will_say_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
-) -> None:
-    here = make_node(tmp_path, monkeypatch)
-    for acquisition, count in ((1, 32), (2, 40)):
-        made = phantom(3, shape=(count, 48, 48), spacing=(5.0, 7.0, 7.0))
-        for n, path in enumerate(write_series(made, here.spool / "1.2" / "1.3" / str(acquisition), 3)):
-            ds = dcmread(path)
-            ds.AcquisitionNumber, ds.SOPInstanceUID = acquisition, f"1.2.3.{acquisition}.{n + 1}"
-            ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
-            ds.save_as(path)
-    (closed,) = closed_folder(here.spool)
-    reception.series_closed(here, dataclasses.replace(closed, calling_ae="PACS"))
-    assert rung == [("analyse", 1)]
-    work = tasks._begin(here, 1)
-    assert {dcmread(path).AcquisitionNumber for path in work.paths} == {2}
-    assert work.note == "Analysed is one stack of 40 images: acquisition 2, without 32 other images of the series."
-    (series,) = all_series(here.ledger)
-    assert len(series.instances) == 72
-
-
 @pytest.mark.parametrize("route", [{"from": ["pacs"], "when": {"StationName": "OTHER"}}, {"when": {"Modality": "MR"}}])
 def test_series_that_no_route_takes_is_kept_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]], route: dict[str, Any]

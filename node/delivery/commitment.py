@@ -135,7 +135,7 @@ def report(ledger: Ledger, uid: str, kept: Collection[str], failed: Mapping[str,
         named = (Delivery.peer == transaction.peer, Object.sop_instance_uid.in_([*kept, *failed]))
         awaited = (Delivery.state == "waiting", Delivery.stored_at.is_not(None))
         for delivery in session.scalars(select(Delivery).join(Delivery.object).where(*named, *awaited)):
-            kind, peer, series_id = delivery.object.kind, delivery.peer, delivery.object.analysis.series_id
+            kind, peer = delivery.object.kind, delivery.peer
             if delivery.object.sop_instance_uid in kept:
                 delivery.state, delivery.finished_at = "confirmed", now
                 delivery.reason = f"{kind} confirmed by {peer}"
@@ -150,7 +150,7 @@ def report(ledger: Ledger, uid: str, kept: Collection[str], failed: Mapping[str,
                 else:
                     delivery.due_at, delivery.rung_at = now + backoff_s("deliver", delivery.attempts), 0.0
                     delivery.reason += ", sent again"
-            ledger.tell(session, series_id, "delivery", delivery.reason)
+            ledger.tell_of(session, delivery, delivery.reason)
     return True
 
 
@@ -192,7 +192,7 @@ def _give_up(ledger: Ledger, uid: str, reason: str, *, required: bool) -> None:
 
 def _unconfirmed(ledger: Ledger, session: Session, row: Delivery, reason: str, *, required: bool) -> None:
     row.state, row.reason, row.finished_at = "failed" if required else "done", reason, time.time()
-    ledger.tell(session, row.object.analysis.series_id, "delivery", f"delivered, not confirmed: {reason}")
+    ledger.tell_of(session, row, f"delivered, not confirmed: {reason}")
 
 
 def _heard(ledger: Ledger, event: Any) -> int:

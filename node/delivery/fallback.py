@@ -23,4 +23,4 @@ def owe(ledger: Ledger, session: Session, refused: Delivery, peer: Peer) -> None
     name = f"{FALLBACK}-{form}" if form else FALLBACK
     chosen = next((one for one in captures if Path(one.path).stem == name), captures[0])
     chosen.deliveries.append(Delivery(peer=refused.peer))
-    ledger.tell(session, analysis.series_id, "delivery", f"{refused.peer} gets the {FALLBACK} in its place")
+    ledger.tell_of(session, refused, f"{refused.peer} gets the {FALLBACK} in its place")

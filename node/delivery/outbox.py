@@ -56,7 +56,6 @@ class Parcel:
 
     row: int
     kind: str
-    series_id: int
     study_uid: str
     path: Path
 
@@ -114,7 +113,7 @@ class Outbox:
                     delivery.state, delivery.finished_at = "superseded", now
                 elif study_uid not in held and is_free:
                     path = self.results / made.path
-                    parcel = Parcel(delivery.id, made.kind, analysis.series_id, study_uid, path)
+                    parcel = Parcel(delivery.id, made.kind, study_uid, path)
                     found.append((not analysis.urgent, parcel))
                     if delivery.attempts:
                         troubled.add(study_uid)
@@ -228,10 +227,10 @@ class Outbox:
 
     def _end(self, lease: Lease, parcel: Parcel, state: State, outcome: str) -> None:
         with lease.finish(state, outcome) as session:
+            delivery = session.get_one(Delivery, parcel.row)
             if state == "waiting":  # for the peer's commitment
-                delivery = session.get_one(Delivery, parcel.row)
                 delivery.stored_at, delivery.due_at, delivery.finished_at = time.time(), 0.0, None
-            self.ledger.tell(session, parcel.series_id, "delivery", outcome)
+            self.ledger.tell_of(session, delivery, outcome)
             if state == "refused" and self.peer is not None:
-                fallback.owe(self.ledger, session, session.get_one(Delivery, parcel.row), self.peer)
+                fallback.owe(self.ledger, session, delivery, self.peer)
         log.info("delivery", outcome=outcome)

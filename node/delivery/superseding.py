@@ -1,13 +1,13 @@
 """Objects of an earlier generation give way to those of a later one.
 
 Late slices make a new generation of a series. What is still owed of the earlier ones is dropped; what a peer has of
-them is named in a rejection note, for a peer that hides what such a note names.
+them is named in a rejection note, for a peer that hides what such a note names. Where a series has an analysis for each
+of its acquisitions, each takes the place of those of the same acquisition.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -24,20 +24,24 @@ def drop_waiting(ledger: Ledger, session: Session, newer: Series) -> None:
         if analysis.state == "waiting":
             analysis.state, analysis.finished_at = "superseded", time.time()
             analysis.reason = f"superseded by generation {newer.generation}, before it was analysed"
-            ledger.tell(session, analysis.series_id, "analysis", analysis.reason)
+            ledger.tell_of(session, analysis, analysis.reason)
 
 
-def supersede(ledger: Ledger, session: Session, newer: Analysis, sop_instance_uids: Collection[str]) -> None:
-    """Let the objects of an analysis, `sop_instance_uids`, stand in the place of those of earlier generations.
+def supersede(ledger: Ledger, session: Session, newer: Analysis) -> None:
+    """Let the objects of an analysis stand in the place of those of earlier generations.
 
-    A generation that could not be analysed takes nothing from one that was.
+    What could not be analysed takes nothing from what was. An object that is made again as it was stays.
     """
+    again = {made.sop_instance_uid for one in newer.series.analyses for made in one.objects}
     for analysis in _earlier(session, newer.series):
         if analysis.route != newer.route or (analysis.state == "done" and newer.state != "done"):
             continue
+        heirs = [one for one in newer.series.analyses if _is_heir(one, analysis)]
+        if heirs and newer not in heirs:
+            continue
         dropped = 0
         for made in analysis.objects:
-            if made.superseded_by is not None or made.sop_instance_uid in sop_instance_uids:
+            if made.superseded_by is not None or made.sop_instance_uid in again:
                 continue
             made.superseded_by = newer.id
             for delivery in made.deliveries:
@@ -47,14 +51,22 @@ def supersede(ledger: Ledger, session: Session, newer: Analysis, sop_instance_ui
                     dropped += unsent
         if analysis.objects:
             text = f"superseded by generation {newer.series.generation}"
-            ledger.tell(session, analysis.series_id, "delivery", f"{text}, {dropped} not sent any more")
+            text = analysis.about(f"{text}, {dropped} not sent any more")
+            ledger.tell(session, analysis.series_id, "delivery", text)
 
 
 def outdated_at(session: Session, newer: Analysis, peer: str) -> list[Object]:
     """Objects in whose place those of `newer` stand, that a peer has or may have, in the order they were made."""
     there = Delivery.state.in_(_THERE) | Delivery.stored_at.is_not(None)
     query = select(Object).join(Object.deliveries).where(Object.superseded_by == newer.id, Delivery.peer == peer, there)
-    return list(session.scalars(query.order_by(Object.id)))
+    # What was made again in several generations is one object to the peer.
+    return list({made.sop_instance_uid: made for made in session.scalars(query.order_by(Object.id))}.values())
+
+
+def _is_heir(newer: Analysis, older: Analysis) -> bool:
+    """Whether both are of one acquisition: by its name, as another reconstruction of it may have been analysed."""
+    mine, its = (set(one.instances or one.series.instances) for one in (newer, older))
+    return newer.acquisition == older.acquisition or not mine.isdisjoint(its)
 
 
 def _earlier(session: Session, newer: Series) -> list[Analysis]:

@@ -72,6 +72,8 @@ class ClosedSeries:
     complete: bool
     #: Why it was closed, and why it is or is not complete, in words without patient data.
     reason: str
+    #: Whether all that is known to be missing are slices that leave a gap: a stack without one is whole.
+    only_gaps: bool = False
 
 
 class Assembly:
@@ -329,7 +331,8 @@ class _OpenSeries:
     #: Questions asked so far, and until when the answer to the last is waited for.
     asked: int = 0
     asking_until: float = 0.0
-    verdict: tuple[bool, str] = (False, "")
+    #: Whether it is complete, why, and whether it lacks no more than slices that leave a gap.
+    verdict: tuple[bool, str, bool] = (False, "", False)
 
     @property
     def headers(self) -> list[InstanceHeader]:
@@ -356,8 +359,8 @@ class _OpenSeries:
         elif begun >= self.broken_at:
             self.broken = ""
 
-    def judge(self, ended: str) -> tuple[bool, str]:
-        """Whether the series is complete, and why, given what `ended` it."""
+    def judge(self, ended: str) -> tuple[bool, str, bool]:
+        """The verdict, given what `ended` the series."""
         tiling, doubt = tile(self.headers), numbers_missing(self.headers)
         missing = []
         if tiling.kind == "gap":
@@ -372,9 +375,9 @@ class _OpenSeries:
         if self.broken and not count_reached(self.headers) and self.counted != len(self.instances):
             missing.append(f"{self.broken}, so its end may be missing")
         if missing:
-            return False, f"incomplete: {'; '.join(missing)}; {ended}"
+            return False, f"incomplete: {'; '.join(missing)}; {ended}", missing == [tiling.detail]
         shape = tiling.detail if tiling.kind == "even" else f"geometry cannot tell ({tiling.detail})"
-        return True, f"{shape}, and {ended}{f', although {doubt}' if doubt else ''}"
+        return True, f"{shape}, and {ended}{f', although {doubt}' if doubt else ''}", False
 
     def closed(self) -> ClosedSeries:
         """The series under its last verdict."""
@@ -387,6 +390,7 @@ class _OpenSeries:
             paths=tuple(path for _, path in self.instances.values()),
             complete=self.verdict[0],
             reason=self.verdict[1],
+            only_gaps=self.verdict[2],
         )
 
 

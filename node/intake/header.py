@@ -8,10 +8,13 @@ data), nesting must not cost stack, and a data set that ends too early must be t
 from __future__ import annotations
 
 import math
+import re
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 
 #: PS3.5 A.5: the one transfer syntax whose whole data set is a raw deflate stream.
 DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -39,6 +42,10 @@ class InstanceHeader:
     body_part: str = ""
     instance_number: int | None = None
     acquisition_number: int | None = None
+    #: Temporal Position Identifier (0020,0100).
+    temporal_position: int | None = None
+    #: Acquisition DateTime, else Acquisition Date and Time, in seconds from no epoch that matters.
+    acquired_at: float | None = None
     #: Images in Acquisition (0020,1002): some senders' own count.
     images_in_acquisition: int | None = None
     number_of_frames: int = 1
@@ -117,13 +124,13 @@ _NEEDED = {
     0x00080018: "SOP Instance UID",
 }
 # fmt: off
-#: Image Type, SOP Class and Instance UID, Modality; Body Part, Thickness, Tilt, Kernel; Study and Series UID,
-#: Acquisition and Instance Number, Position, Orientation, Images in Acquisition; Frames, Rows, Columns, Spacing;
-#: functional groups.
+#: Image Type, SOP Class and Instance UID, Acquisition Date, DateTime and Time, Modality; Body Part, Thickness, Tilt,
+#: Kernel; Study and Series UID, Acquisition and Instance Number, Position, Orientation, Temporal Position, Images in
+#: Acquisition; Frames, Rows, Columns, Spacing; functional groups.
 _TOP = frozenset([
-    0x00080008, 0x00080016, 0x00080018, 0x00080060, 0x00180015, 0x00180050, 0x00181120, 0x00181210, 0x0020000D,
-    0x0020000E, 0x00200012, 0x00200013, 0x00200032, 0x00200037, 0x00201002, 0x00280008, 0x00280010, 0x00280011,
-    0x00280030, 0x52009229, 0x52009230,
+    0x00080008, 0x00080016, 0x00080018, 0x00080022, 0x0008002A, 0x00080032, 0x00080060, 0x00180015, 0x00180050,
+    0x00181120, 0x00181210, 0x0020000D, 0x0020000E, 0x00200012, 0x00200013, 0x00200032, 0x00200037, 0x00200100,
+    0x00201002, 0x00280008, 0x00280010, 0x00280011, 0x00280030, 0x52009229, 0x52009230,
 ])
 #: VRs with a 16-bit length (PS3.5 table 7.1-2); every other, known or yet to come, has 32 bits (7.1.2).
 _SHORT = frozenset([
@@ -161,6 +168,8 @@ def _header(walk: _Walk, found: _Found) -> InstanceHeader:
         body_part=walk.text(found, 0x00180015),
         instance_number=_integer(walk.text(found, 0x00200013)),
         acquisition_number=_integer(walk.text(found, 0x00200012)),
+        temporal_position=_integer(walk.text(found, 0x00200100)),
+        acquired_at=_moment(*(walk.text(found, tag) for tag in (0x0008002A, 0x00080022, 0x00080032))),
         images_in_acquisition=_integer(walk.text(found, 0x00201002)),
         number_of_frames=frames,
         rows=walk.short(found, 0x00280010),
@@ -344,3 +353,16 @@ def _number(text: str) -> float | None:
 def _integer(text: str) -> int | None:
     number = _number(text)
     return int(number) if number is not None and number == int(number) else None
+
+
+def _moment(both: str, day: str, time: str) -> float | None:
+    """Seconds of a DT value, else of a DA and a TM (with colons, where they are old); the zone is left out."""
+    text = both or f"{day or '00010101'}{time.replace(':', '')}"
+    match = re.match(r"(\d{4})(\d\d)(\d\d)(\d\d)(\d\d)?(\d\d(?:\.\d+)?)?", text)
+    if match is None:
+        return None
+    year, month, of_month, hours, minutes, seconds = match.groups()
+    with suppress(ValueError):
+        days = date(int(year), int(month), int(of_month)).toordinal()
+        return 86400.0 * days + 3600 * int(hours) + 60 * int(minutes or 0) + float(seconds or 0)
+    return None

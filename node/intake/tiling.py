@@ -7,9 +7,10 @@ location, which scanners and archives rewrite.
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -26,6 +27,9 @@ SAME_NORMAL = 0.999
 
 #: Fewer slices than this have no spacing to compare with.
 FEWEST = 3
+
+#: Seconds between two images from which they may be of different phases: those of one phase follow faster upon another.
+PHASE_S = 2.0
 
 Vector = tuple[float, float, float]
 
@@ -68,18 +72,35 @@ def tile(headers: Iterable[InstanceHeader]) -> Tiling:
     return Tiling("unknown", f"{count} placed slices are too few to compare" if count else "no slice positions")
 
 
-def parts(headers: Sequence[InstanceHeader]) -> list[tuple[str, list[int]]]:
-    """The stacks of one series: which of the headers, and what tells them from others at the same places.
+@dataclass(frozen=True)
+class Acquisition:
+    """Slices of a series that were acquired together, once or several times reconstructed."""
 
-    The latter is words such as 'acquisition 2'. Stacks of fewer than `FEWEST` slices are left out. Where nothing tells
-    slices at one place apart, they stay together.
+    #: Words that tell it from the others of the series, such as 'acquisition 2'; empty for the only one.
+    name: str
+    #: For each reconstruction, words that tell it from the others, and which of the headers it is.
+    reconstructions: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def acquisitions(headers: Sequence[InstanceHeader]) -> list[Acquisition]:
+    """The acquisitions of one series, in the order in which they were made.
+
+    Those whose slices lie in the same part of the body are several (phases, breathing states, a scan made again); those
+    that lie end to end are one, made in steps or in several passes of the table. Stacks of fewer than `FEWEST` slices
+    are left out. Where nothing tells slices at one place apart, they stay together.
     """
     number = {id(header): n for n, header in enumerate(headers)}
+    stacks = [stack for stack in _stacks(headers) if len(stack) >= FEWEST]
     return [
-        (part.name, sorted({number[id(one.header)] for one in part.slices}))
-        for stack in _stacks(headers)
-        if len(stack) >= FEWEST
-        for part in _split(stack)
+        Acquisition(
+            part.name,
+            tuple(
+                (one.name, tuple(sorted({number[id(slice_.header)] for slice_ in one.slices})))
+                for one in _reconstructions(part.slices)
+            ),
+        )
+        for n, stack in enumerate(stacks, 1)
+        for part in _acquired(stack, f"orientation {n} of {len(stacks)}" if len(stacks) > 1 else "")
     ]
 
 
@@ -124,7 +145,7 @@ class _Slice:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    #: What its slices have in common, and others at the same places have not.
+    #: What its slices have in common, and others in the same part of the body have not.
     name: str
     slices: list[_Slice]
 
@@ -144,12 +165,18 @@ def _stacks(headers: Iterable[InstanceHeader]) -> list[list[_Slice]]:
 
 
 def _judge(stack: list[_Slice]) -> Tiling:
+    split = [one for part in _acquired(stack) for one in _reconstructions(part.slices)]
+    if len(split) > 1:
+        # Stacks one upon the other: a slice that one lacks is hidden by the other's, so each is judged alone.
+        worst = min((_lie(one.slices) for one in split), key=lambda t: (t.kind != "gap", -t.extent_mm))
+        return replace(worst, layers=max(_lie(stack).layers, 2))
+    return _lie(stack)
+
+
+def _lie(stack: list[_Slice]) -> Tiling:
+    """How slices lie, taken as one stack."""
     places = _places(stack)
     layers = Counter(len(at) for at in places).most_common(1)[0][0]
-    if max(map(len, places)) > 1 and len(split := _split(stack)) > 1:
-        # Stacks one upon the other: a slice that one lacks is hidden by the other's, so each is judged alone.
-        worst = min((_judge(one.slices) for one in split), key=lambda t: (t.kind != "gap", -t.extent_mm))
-        return Tiling(worst.kind, worst.detail, worst.first, worst.last, worst.step, max(layers, 2))
     along = [at[0].along for at in places]
     steps = sorted(b - a for a, b in pairwise(along))
     if not steps:
@@ -182,10 +209,17 @@ def _places(stack: list[_Slice]) -> list[list[_Slice]]:
     return places
 
 
-#: What tells slices at one place apart, the most telling first: phases are acquisitions, reconstructions differ in
-#: thickness, kernel or field of view. Values are shown as they are where they are numbers, never text from the header.
-_TELLING: tuple[tuple[str, Callable[[InstanceHeader], object]], ...] = (
+#: What a value is called, and how it is read from a header. Numbers are shown as they are, never text of the header.
+_Telling = tuple[str, Callable[[InstanceHeader], object]]
+
+#: What tells acquisitions apart, beside their times.
+_ACQUISITIONS: tuple[_Telling, ...] = (
     ("acquisition", lambda h: h.acquisition_number),
+    ("temporal position", lambda h: h.temporal_position),
+)
+
+#: What tells the reconstructions of one acquisition apart, the most telling first.
+_RECONSTRUCTIONS: tuple[_Telling, ...] = (
     ("slice thickness", lambda h: h.slice_thickness),
     ("kernel", lambda h: h.kernel),
     ("pixel spacing", lambda h: (h.rows, h.columns, h.pixel_spacing)),
@@ -193,27 +227,67 @@ _TELLING: tuple[tuple[str, Callable[[InstanceHeader], object]], ...] = (
 )
 
 
-def _split(stack: list[_Slice]) -> list[_Part]:
-    """The stack as stacks with one slice a place, as far as what makers write can tell them apart."""
+def _acquired(stack: list[_Slice], name: str = "") -> list[_Part]:
+    """The acquisitions in a stack."""
+    parts = [_Part(name, stack)]
+    for telling in _ACQUISITIONS:
+        parts = [piece for part in parts for piece in _split_by(part, *telling)]
+    # Clocks tell less than numbers, as makers differ in what they time: what is one stack without them stays so.
+    return [piece for part in parts for piece in ([part] if _is_one(part.slices) else _split_by_time(part))]
+
+
+def _split_by_time(part: _Part) -> list[_Part]:
+    times = sorted({one.header.acquired_at for one in part.slices if one.header.acquired_at is not None})
+    starts = [after for before, after in pairwise(times) if after - before > PHASE_S]
+    if any(one.header.acquired_at is None for one in part.slices):
+        return [part]
+    return _split_by(part, "phase", lambda h: 1 + bisect(starts, h.acquired_at or 0.0))
+
+
+def _reconstructions(stack: list[_Slice]) -> list[_Part]:
+    """The reconstructions in the stack of one acquisition, as far as what makers write can tell them apart."""
     parts = [_Part("", stack)]
-    for name, value in _TELLING:
-        parts = [piece for part in parts for piece in _split_by(part, name, value)]
+    for telling in _RECONSTRUCTIONS:
+        parts = [piece for part in parts for piece in ([part] if _is_one(part.slices) else _split_by(part, *telling))]
     return parts
 
 
+def _is_one(stack: list[_Slice]) -> bool:
+    """Whether slices make one stack, whatever else is said of them."""
+    tiling = _lie(stack)
+    return tiling.kind == "even" and tiling.layers == 1
+
+
 def _split_by(part: _Part, name: str, value: Callable[[InstanceHeader], object]) -> list[_Part]:
-    if len(_places(part.slices)) == len(part.slices):
-        return [part]
+    """The part as stacks that differ in a value and lie in the same part of the body."""
     by_value: dict[object, list[_Slice]] = defaultdict(list)
     for one in part.slices:
         by_value[value(one.header)].append(one)
-    if len(by_value) == 1 or any(len(slices) < FEWEST for slices in by_value.values()):
+    few = any(len(slices) < FEWEST for slices in by_value.values())
+    if len(by_value) == 1 or few or not _overlap(*by_value.values()):
         return [part]
-    pieces = []
-    for n, (found, slices) in enumerate(by_value.items(), 1):
-        shown = f"{name} {found:g}" if isinstance(found, int | float) else f"{name} {n} of {len(by_value)}"
-        pieces.append(_Part(f"{part.name}, {shown}" if part.name else shown, slices))
-    return pieces
+    numbers = all(isinstance(found, int | float) for found in by_value)
+    pieces: list[tuple[list[object], list[_Slice]]] = []
+    for found in sorted(by_value) if numbers else by_value:  # type: ignore[type-var]
+        slices = by_value[found]
+        if pieces and not _overlap(pieces[-1][1], slices) and _is_one(both := pieces[-1][1] + slices):
+            pieces[-1] = [*pieces[-1][0], found], both
+        else:
+            pieces.append(([found], slices))
+    made = []
+    for n, (values, slices) in enumerate(pieces, 1):
+        first, last = (f"{one:g}" if isinstance(one, float) else str(one) for one in (values[0], values[-1]))
+        words = f"{name} {first}" if len(values) == 1 else f"{name}s {first} to {last}"
+        if not numbers:
+            words = f"{name} {n} of {len(pieces)}"
+        made.append(_Part(", ".join(filter(None, (part.name, words))), slices))
+    return made
+
+
+def _overlap(*stacks: list[_Slice]) -> bool:
+    """Whether any two of the stacks lie in the same part of the body, be it with slices at other places."""
+    ends = sorted((min(one.along for one in slices), max(one.along for one in slices)) for slices in stacks)
+    return any(after - before < SAME_PLACE_MM for (_, before), (after, _) in pairwise(ends))
 
 
 def _list_gaps(gaps: list[float]) -> str:

@@ -15,7 +15,7 @@ from pydicom.uid import UID
 
 from node.intake.assembly import ClosedSeries
 from node.intake.header import InstanceHeader
-from node.intake.tiling import Tiling, normal, parts, tile
+from node.intake.tiling import Acquisition, Tiling, acquisitions, normal, tile
 
 #: CT Image, Enhanced CT Image and Legacy Converted Enhanced CT Image Storage (PS3.4 B.5).
 CT_CLASSES = frozenset(
@@ -74,31 +74,42 @@ SPINE = ("SPINE", "SPINAL", "LUMB")
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a series is to be analysed, and why (not), in a sentence for admins and radiologists."""
+    """Whether a series, or an acquisition in it, is to be analysed, and why (not), for admins and radiologists."""
 
     analyse: bool
+    #: A sentence; begins with 'not analysed: ' where it is not.
     reason: str
     #: For one that is not analysed: whether readers would expect it to be, so that the study should say why not. A
     #: localizer or a sagittal reformat is nothing to tell of; a whole axial chest CT with a gap is.
     tell: bool = False
-    #: Where only a part of the series is analysed: which instances (numbers from 0), and a sentence for the statement
-    #: that says so.
+    #: Where it is about a part of the series: which instances (numbers from 0); a sentence for the statement that says
+    #: so; and words that tell it from the others, such as 'acquisition 2', where it is one of several acquisitions.
     part: tuple[int, ...] = ()
     note: str = ""
+    acquisition: str = ""
 
 
-def triage(series: ClosedSeries) -> Verdict:
+def triage(series: ClosedSeries) -> list[Verdict]:
     """Judge a closed series by its headers.
 
     Parameters
     ----------
     series
         As `node.intake.assembly` closed it; needs at least one instance.
+
+    Returns
+    -------
+    list[Verdict]
+        One about the whole series; or one for each of its acquisitions that is to be analysed or told of, when one or
+        more are to be analysed.
     """
     tiling = tile(series.instances)
     for refusal in _refusals(series, tiling):
-        return _best_part(series) or Verdict(False, f"not analysed: {refusal}", tell=_is_expected(series.instances))
-    return Verdict(True, _described(series, tiling))
+        verdicts = [verdict for one in acquisitions(series.instances) for verdict in _acquisition(series, one)]
+        if any(verdict.analyse for verdict in verdicts):
+            return verdicts
+        return [Verdict(False, f"not analysed: {refusal}", tell=_is_expected(series.instances))]
+    return [Verdict(True, _described(series, tiling))]
 
 
 def _described(series: ClosedSeries, tiling: Tiling) -> str:
@@ -108,32 +119,51 @@ def _described(series: ClosedSeries, tiling: Tiling) -> str:
     return f"{part}, {count} slices every {tiling.step:.1f} mm over {tiling.extent_mm:.0f} mm"
 
 
-def _best_part(series: ClosedSeries) -> Verdict | None:
-    """A series that holds several stacks, phases or reconstructions: the one of them that shows most, if any will do.
+def _acquisition(series: ClosedSeries, acquisition: Acquisition) -> Iterator[Verdict]:
+    """The verdict on one acquisition of a series; none where nobody would miss it.
 
-    Most is the longest along the body (an inspiration rather than an expiration), then the most closely spaced, then
-    the one that came first.
+    Of several reconstructions the one that shows most is analysed: the longest along the body, then the most closely
+    spaced, then the one that came first.
     """
-    stacks = parts(series.instances)
-    fit: list[tuple[float, float, int]] = []
-    for n, (_, numbers) in enumerate(stacks):
+    stacks = []
+    for n, (name, numbers) in enumerate(acquisition.reconstructions):
         alone = _alone(series, numbers)
         tiling = tile(alone.instances)
-        if len(numbers) < len(series.instances) and not any(True for _ in _refusals(alone, tiling)):
-            fit.append((round(-tiling.extent_mm, -1), round(tiling.step, 1), n))
-    if not fit:
-        return None
-    name, numbers = stacks[min(fit)[2]]
-    alone = _alone(series, numbers)
-    others = len(series.instances) - len(numbers)
-    chosen = f"{f'{name}, ' if name else ''}without {others} other images of the series"
-    note = f"Analysed is one stack of {len(numbers)} images: {chosen}."
-    described = _described(alone, tile(alone.instances))
-    return Verdict(True, f"{described}; {chosen}", part=tuple(numbers), note=note)
+        refusal = next(_refusals(alone, tiling), "")
+        most = (refusal != "", round(-tiling.extent_mm, -1), round(tiling.step, 1), n)
+        stacks.append((most, name, numbers, refusal, alone, tiling))
+    _, name, numbers, refusal, alone, tiling = min(stacks)
+    if refusal:
+        if _is_expected(alone.instances):
+            yield Verdict(False, f"not analysed: {refusal}", True, numbers, acquisition=acquisition.name)
+        return
+    others = "; its other reconstructions are not analysed" if len(acquisition.reconstructions) > 1 else ""
+    called = ", ".join(filter(None, (acquisition.name, name))) or "those of an axial chest CT"
+    yield Verdict(
+        True,
+        f"{_described(alone, tiling)}{f'; {name}{others}' if others else ''}",
+        part=numbers,
+        note=f"Analysed are {len(numbers)} images of the series: {called}{others}.",
+        acquisition=acquisition.name,
+    )
 
 
 def _alone(series: ClosedSeries, numbers: Sequence[int]) -> ClosedSeries:
-    return replace(series, instances=tuple(series.instances[n] for n in numbers), paths=())
+    """A part of the series as if it were one."""
+    headers = tuple(series.instances[n] for n in numbers)
+    alone = replace(series, instances=headers, paths=())
+    if series.only_gaps and (tiling := tile(headers)).kind == "gap":
+        return replace(alone, reason=f"incomplete: {tiling.detail}")
+    if series.only_gaps and not _lacks_numbers_beside(series.instances, headers):
+        return replace(alone, complete=True)
+    return alone
+
+
+def _lacks_numbers_beside(everything: Sequence[InstanceHeader], part: Sequence[InstanceHeader]) -> bool:
+    """Whether instance numbers of the series are missing next to those of a part, so that slices of it may be."""
+    known = {header.instance_number for header in everything if header.instance_number is not None}
+    own = {header.instance_number for header in part if header.instance_number is not None}
+    return any(min(known) < beside < max(known) and beside not in known for n in own for beside in (n - 1, n + 1))
 
 
 def _refusals(series: ClosedSeries, tiling: Tiling) -> Iterator[str]:

@@ -24,11 +24,12 @@ from node.profile import KINDS, SEGMENTATIONS, STOPPED, Profile
 from node.results import capture, check, document, rejection, report, segmentation, text_report
 from node.results.course import Earlier
 from node.results.drawing import PatientView
-from node.results.identity import Analysis, SourceInstance, ascii_text, source_instances
+from node.results.identity import WHOLE, Analysis, Part, SourceInstance, ascii_text, source_instances
 
 __all__ = [
     "KINDS",
     "Earlier",
+    "Part",
     "Profile",
     "ResultObject",
     "build",
@@ -62,6 +63,7 @@ def build(
     *,
     content_datetime: datetime,
     earlier: Sequence[Earlier] = (),
+    part: Part = WHOLE,
 ) -> list[ResultObject]:
     """Make the result objects of an analysis.
 
@@ -82,6 +84,8 @@ def build(
         When the analysis was done; an aware one is written in the source's zone, or else in local time.
     earlier
         What earlier scans of the patient came to, for the capture and the PDF.
+    part
+        Which of the series' acquisitions was analysed; the objects' series are called and numbered by it.
 
     Returns
     -------
@@ -100,6 +104,7 @@ def build(
         instances=tuple(SourceInstance(s.sop_class_uid, s.sop_instance_uid, s.frame) for s in volume.sources),
         models=findings.models,
         content_datetime=content_datetime,
+        part=part,
     )
     view = PatientView.of(volume, findings)
 
@@ -133,6 +138,7 @@ def not_analysed(
     profiles: Iterable[Profile] = (Profile(),),
     *,
     content_datetime: datetime,
+    part: Part = WHOLE,
 ) -> list[ResultObject]:
     """Make the objects that say in the source's study why the series was not analysed.
 
@@ -142,7 +148,7 @@ def not_analysed(
         Headers of the series, at least one; patient and study attributes come from the first.
     reason
         Free of patient data; goes into the UIDs, so that another reason makes other objects.
-    directory, content_datetime
+    directory, content_datetime, part
         As for `build`.
     profiles
         Of their kinds, `sr` (a plain text document) and `capture` (one page) are made, each in one form for all.
@@ -154,8 +160,8 @@ def not_analysed(
     """
     if not source_headers:
         raise ValueError("at least one header is needed to place the object in its study")
-    reason = ascii_text(reason)
-    analysis = Analysis(source_headers[0], source_instances(source_headers), (), content_datetime)
+    reason = ascii_text(f"{part.name}: {reason}" if part.name else reason)
+    analysis = Analysis(source_headers[0], source_instances(source_headers), (), content_datetime, part)
     makers = {"sr": text_report.not_analysed, "capture": capture.not_analysed}
     asked = tuple(dict.fromkeys(profiles))
     objects = []
@@ -171,6 +177,7 @@ def rejection_note(
     directory: Path,
     name: str,
     content_datetime: datetime,
+    part: Part = WHOLE,
 ) -> ResultObject:
     """Make the note by which an archive hides objects that newer ones have taken the place of, as ``NAME.dcm``.
 
@@ -180,10 +187,10 @@ def rejection_note(
         Of the series that the objects were made from.
     outdated
         The objects, at least one.
-    directory, content_datetime
+    directory, content_datetime, part
         As for `build`.
     """
-    analysis = Analysis(source_header, (), (), content_datetime)
+    analysis = Analysis(source_header, (), (), content_datetime, part)
     return _write("rejection-note", name, rejection.note(outdated, analysis), directory, (), analysis)
 
 

@@ -40,8 +40,22 @@ class SourceInstance:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which of the acquisitions in a series an analysis is of."""
+
+    #: ASCII words such as 'acquisition 2'; empty for the whole series.
+    name: str = ""
+    #: From 0, in the order in which the series' analyses are told.
+    number: int = 0
+
+
+#: All of a series.
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
 class Analysis:
-    """One analysis of one series, as its result objects refer to it."""
+    """One analysis of one series, or of one acquisition in it, as its result objects refer to it."""
 
     #: Header of a source instance; patient, study and series attributes are taken from it.
     header: Dataset
@@ -49,12 +63,13 @@ class Analysis:
     instances: tuple[SourceInstance, ...]
     models: tuple[ModelIdentity, ...]
     content_datetime: datetime
+    part: Part = WHOLE
 
     def uid(self, *names: str) -> str:
         """UID for what `names` says within this analysis.
 
-        It depends on the source series, the set of its instances (not their order), the models and `names`; on
-        nothing else.
+        It depends on the source series, the set of its instances (not their order), what they are called where they
+        are a part of it, the models and `names`; on nothing else.
 
         Returns
         -------
@@ -66,7 +81,8 @@ class Analysis:
             generation.update(sop_instance_uid.encode() + b"\n")
         models = [f"{model.name} {model.version} {model.sha256}" for model in self.models]
         series = str(self.header.get("SeriesInstanceUID", ""))
-        return uid_of(series, generation.hexdigest(), *models, *names)
+        part = [self.part.name] if self.part.name else []
+        return uid_of(series, generation.hexdigest(), *part, *models, *names)
 
     def unique_instances(self) -> list[SourceInstance]:
         """Every source instance once, without frame numbers, in slice order."""
@@ -111,9 +127,10 @@ def describe(
     kind
         Kind of the object; with `variant` it goes into the UIDs.
     series_offset
-        1 to 99; Series Number is 100 times the source's plus this.
+        91 to 99; Series Number is 100 times the source's plus this, less 10 for each further acquisition of a series.
     series_description
-        ASCII, so that it fits any Specific Character Set of the source; at most 64 characters.
+        ASCII, so that it fits any Specific Character Set of the source; with the name of the acquisition at most 64
+        characters, or it is cut there.
     variant
         Tells objects of one kind apart that say different things, such as reasons for not analysing.
     """
@@ -125,8 +142,9 @@ def describe(
     dataset.InstanceCreationTime = dataset.SeriesTime = dataset.ContentTime = time
     dataset.Modality = modality
     dataset.SeriesInstanceUID = analysis.uid(kind, variant, "series")
-    dataset.SeriesNumber = _series_number(analysis.header, series_offset)
-    dataset.SeriesDescription = series_description
+    # Ten acquisitions have numbers of their own, and no two series need to differ in theirs.
+    dataset.SeriesNumber = _series_number(analysis.header, series_offset - 10 * (analysis.part.number % 10))
+    dataset.SeriesDescription = ", ".join(filter(None, (series_description, analysis.part.name)))[:64]
     dataset.InstanceNumber = 1
     dataset.Manufacturer = MANUFACTURER
     dataset.ManufacturerModelName = MODEL_NAME

@@ -197,3 +197,24 @@ def test_agrees_with_pydicom_on_every_kind_of_object(data_dir: Path) -> None:
             assert all(map(math.isclose, found.positions[0], ds.ImagePositionPatient)), path
         agreed += 1
     assert agreed > 240
+
+
+@pytest.mark.parametrize(
+    ("values", "seconds"),
+    [
+        ({"AcquisitionDateTime": "00010102000001.5+0100", "AcquisitionTime": "230000"}, 2 * 86400 + 1.5),
+        ({"AcquisitionDate": "00010101", "AcquisitionTime": "235959.25"}, 2 * 86400 - 0.75),
+        ({"AcquisitionDate": "00010102", "AcquisitionTime": "0000"}, 2 * 86400),
+        ({"AcquisitionTime": "01"}, 86400 + 3600),
+        ({"AcquisitionDate": "00010101"}, None),
+        ({"AcquisitionDate": "20261399", "AcquisitionTime": "120000"}, None),
+        ({}, None),
+    ],
+)
+def test_when_an_image_was_acquired(values: dict[str, str], seconds: float | None) -> None:
+    ds = dataset(1)
+    with warnings.catch_warnings(action="ignore"):  # one is no date
+        for keyword, value in values.items():
+            setattr(ds, keyword, value)
+        raw = encoded(ds)
+    assert read_header(raw, ExplicitVRLittleEndian).acquired_at == seconds

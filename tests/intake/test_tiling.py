@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from made_instances import AXIAL, header
 
 from node.intake.header import InstanceHeader
-from node.intake.tiling import Vector, normal, numbers_missing, tile
+from node.intake.tiling import Vector, acquisitions, normal, numbers_missing, tile
 
 
 @st.composite
@@ -65,6 +65,67 @@ def test_two_acquisitions_one_upon_the_other_do_not_hide_each_others_gaps() -> N
     both = [header(n, acquisition_number=a, sop_instance_uid=f"1.{a}.{n}") for a in (1, 2) for n in range(10)]
     assert (tile(both).kind, tile(both).layers) == ("even", 2)
     assert tile(both[:4] + both[5:]).detail.startswith("gap at z = 4.0 mm")
+
+
+@st.composite
+def several(draw: st.DrawFn) -> tuple[list[InstanceHeader], list[list[list[str]]]]:
+    """Acquisitions of the same part of a body, each reconstructed with several kernels, in any order of arrival.
+
+    With the UIDs of each reconstruction of each acquisition.
+    """
+    told_by = draw(st.sampled_from(["acquisition_number", "temporal_position", "acquired_at"]))
+    headers, expected = [], list[list[list[str]]]()
+    for a in range(draw(st.integers(2, 4))):
+        offset = 0.0 if told_by == "acquired_at" else draw(st.floats(0, 5))
+        count, kernels = draw(st.integers(20, 40)), draw(st.integers(1, 3))
+        acquisition = [
+            [
+                header(
+                    n,
+                    z=round(offset + 2 * n, 3),
+                    sop_instance_uid=f"1.{a}.{kernel}.{n}",
+                    kernel=f"K{kernel}",
+                    **{told_by: a + 1 if told_by != "acquired_at" else 100.0 * a + 0.1 * n},
+                )
+                for n in range(count)
+            ]
+            for kernel in range(kernels)
+        ]
+        headers += [one for stack in acquisition for one in stack]
+        expected.append([[one.sop_instance_uid for one in stack] for stack in acquisition])
+    return draw(st.permutations(headers)), expected
+
+
+@given(several())
+def test_acquisitions_and_their_reconstructions_are_told_apart(
+    made: tuple[list[InstanceHeader], list[list[list[str]]]],
+) -> None:
+    headers, expected = made
+    found = [
+        sorted(sorted(headers[n].sop_instance_uid for n in numbers) for _, numbers in one.reconstructions)
+        for one in acquisitions(headers)
+    ]
+    assert found == [sorted(sorted(uids) for uids in one) for one in expected]
+    assert (tile(headers).kind, tile(headers).layers >= 2) == ("even", True)
+
+
+@given(stacks(), st.data())
+def test_acquisitions_that_lie_end_to_end_are_one(stack: list[InstanceHeader], data: st.DataObject) -> None:
+    direction = cast(Vector, normal(stack[0]))
+    ordered = sorted(stack, key=lambda h: float(np.dot(direction, h.positions[0])))
+    cuts = data.draw(st.sets(st.integers(0, len(stack))))
+    numbers = data.draw(st.permutations(range(len(cuts) + 1)))
+    told = [replace(one, acquisition_number=numbers[sum(cut <= n for cut in cuts)]) for n, one in enumerate(ordered)]
+    (one,) = acquisitions(told)
+    assert (one.name, one.reconstructions) == ("", (("", tuple(range(len(stack)))),))
+    assert tile(told) == tile(stack)
+
+
+def test_acquisitions_have_names_of_their_own_whatever_their_numbers() -> None:
+    numbers = (20260101, 20260102, None)
+    made = [header(n, acquisition_number=a, sop_instance_uid=f"1.{a}.{n}") for a in numbers for n in range(10)]
+    assert [one.name for one in acquisitions(made[:20])] == ["acquisition 20260101", "acquisition 20260102"]
+    assert [one.name for one in acquisitions(made)] == [f"acquisition {n} of 3" for n in (1, 2, 3)]
 
 
 def test_a_phase_less_at_one_place_is_a_gap() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from made_instances import SERIES, STUDY, dataset_bytes, header
 from node.intake.assembly import ClosedSeries
 from node.intake.header import InstanceHeader, read_header
 from node.intake.tiling import tile
-from node.intake.triage import MIN_COVERAGE_MM, MIN_SLICES, triage
+from node.intake.triage import MIN_COVERAGE_MM, MIN_SLICES, Verdict, triage
 
 
 def closed(instances: list[InstanceHeader], reason: str = "") -> ClosedSeries:
-    complete = tile(instances).kind != "gap"
-    why = reason or ("" if complete else f"incomplete: {tile(instances).detail}")
-    return ClosedSeries(SERIES, STUDY, "CT1", "LUNGNODE", tuple(instances), (), complete and not reason, why)
+    gap = tile(instances).kind == "gap"
+    why = reason or (f"incomplete: {tile(instances).detail}" if gap else "")
+    complete, only_gaps = not gap and not reason, gap and not reason
+    return ClosedSeries(SERIES, STUDY, "CT1", "LUNGNODE", tuple(instances), (), complete, why, only_gaps)
 
 
 def chest(count: int = 150, step: float = 2.0, **changes: Any) -> list[InstanceHeader]:
@@ -29,13 +31,12 @@ def chest(count: int = 150, step: float = 2.0, **changes: Any) -> list[InstanceH
 
 
 def said(instances: list[InstanceHeader], reason: str = "") -> str:
-    verdict = triage(closed(instances, reason))
+    (verdict,) = triage(closed(instances, reason))
     assert verdict.analyse != verdict.reason.startswith("not analysed: ")
     return verdict.reason.removeprefix("not analysed: ")
 
 
 def test_an_axial_chest_ct_is_analysed() -> None:
-    assert triage(closed(chest())).analyse
     assert said(chest()) == "axial chest CT, 150 slices every 2.0 mm over 300 mm"
 
 
@@ -142,30 +143,101 @@ def test_slices_that_are_not_one_stack() -> None:
     assert said([*slices, *twice]).startswith("2 slices at each place")
 
 
-def test_of_several_stacks_in_one_series_the_one_that_shows_most_is_analysed() -> None:
-    inspiration, expiration = chest(150, acquisition_number=1), chest(100, acquisition_number=2)
-    verdict = triage(closed([*expiration, *inspiration]))
-    assert verdict.reason == (
-        "axial chest CT, 150 slices every 2.0 mm over 300 mm; acquisition 1, without 100 other images of the series"
+def verdicts(*stacks: list[InstanceHeader], reason: str = "") -> list[Verdict]:
+    """Verdicts on a series of several stacks, whose slices are numbered on as they come."""
+    instances = [header for stack in stacks for header in stack]
+    numbered = [replace(header, instance_number=n, sop_instance_uid=f"1.{n}") for n, header in enumerate(instances)]
+    return triage(closed(numbered, reason))
+
+
+def test_each_acquisition_that_is_fit_is_analysed() -> None:
+    expiration, inspiration = chest(100, acquisition_number=2), chest(150, acquisition_number=1)
+    first, second = verdicts(expiration, inspiration)
+    assert (first.acquisition, first.part) == ("acquisition 1", tuple(range(100, 250)))
+    assert (second.acquisition, second.part) == ("acquisition 2", tuple(range(100)))
+    assert (first.analyse, second.analyse) == (True, True)
+    assert first.reason == "axial chest CT, 150 slices every 2.0 mm over 300 mm"
+    assert first.note == "Analysed are 150 images of the series: acquisition 1."
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3, 1.0, 1.7])
+def test_phases_that_share_no_place_are_told_apart_by_their_number(offset: float) -> None:
+    late = [replace(one, positions=((0.0, 0.0, one.positions[0][2] + offset),)) for one in chest(acquisition_number=2)]
+    assert [one.acquisition for one in verdicts(chest(acquisition_number=1), late)] == [
+        "acquisition 1",
+        "acquisition 2",
+    ]
+
+
+def test_phases_of_one_number_are_told_apart_by_temporal_position_or_time() -> None:
+    early, late = chest(acquisition_number=3, temporal_position=1), chest(acquisition_number=3, temporal_position=2)
+    assert [one.acquisition for one in verdicts(late, early)] == ["temporal position 1", "temporal position 2"]
+
+    def timed(start: float) -> list[InstanceHeader]:
+        return [replace(one, acquired_at=start + n / 20) for n, one in enumerate(chest(acquisition_number=3))]
+
+    assert [one.acquisition for one in verdicts(timed(60.0), timed(20.0))] == ["phase 1", "phase 2"]
+    sharp = [replace(one, kernel="B70f") for one in timed(20.0)]
+    (only,) = verdicts(timed(20.0), sharp)
+    assert (only.acquisition, only.part) == ("", tuple(range(150)))
+
+
+def test_passes_of_the_table_that_lie_end_to_end_are_one_volume() -> None:
+    slices = chest()
+    passes = [
+        replace(one, acquisition_number=1 + n // 50, acquired_at=10.0 * (n // 50)) for n, one in enumerate(slices)
+    ]
+    (only,) = verdicts(passes)
+    assert (only.analyse, only.part, only.note, only.acquisition) == (True, (), "", "")
+    # A contrast phase after it, in passes too.
+    again = [replace(one, acquisition_number=4 + n // 75) for n, one in enumerate(slices)]
+    native, contrast = verdicts(passes, again)
+    assert (native.acquisition, native.part) == ("acquisitions 1 to 3", tuple(range(150)))
+    assert (contrast.acquisition, contrast.part) == ("acquisitions 4 to 5", tuple(range(150, 300)))
+
+
+def test_of_several_reconstructions_the_one_that_shows_most_is_analysed() -> None:
+    (thin,) = verdicts(chest(60, 5.0), chest(300, 1.0))
+    assert (thin.part, thin.acquisition) == (tuple(range(60, 360)), "")
+    assert thin.note == (
+        "Analysed are 300 images of the series: slice thickness 1; its other reconstructions are not analysed."
     )
-    assert verdict.part == tuple(range(100, 250))
-    assert verdict.note == (
-        "Analysed is one stack of 150 images: acquisition 1, without 100 other images of the series."
-    )
-    thick, thin = chest(60, 5.0), chest(300, 1.0)
-    assert triage(closed([*thick, *thin])).part == tuple(range(60, 360))
     sharp, soft = chest(kernel="B70f"), chest(kernel="B30f")
-    interleaved = [one for pair in zip(sharp, soft, strict=True) for one in pair]
-    verdict = triage(closed(interleaved))
+    (verdict,) = verdicts([one for pair in zip(sharp, soft, strict=True) for one in pair])
     assert verdict.part == tuple(range(0, 300, 2))
+    assert verdict.note == (
+        "Analysed are 150 images of the series: kernel 1 of 2; its other reconstructions are not analysed."
+    )
     assert "B70f" not in verdict.reason + verdict.note
+    stacks = [chest(kernel=kernel, acquisition_number=a) for a in (1, 2) for kernel in ("B70f", "B30f")]
+    assert [one.part for one in verdicts(*stacks)] == [tuple(range(150)), tuple(range(300, 450))]
+
+
+def test_a_localizer_in_the_series_is_left_out() -> None:
     scout = header(150, image_type=("ORIGINAL", "PRIMARY", "LOCALIZER"), orientation=(1, 0, 0, 0, 0, -1))
-    assert triage(closed([scout, *chest()])).part == tuple(range(1, 151))
+    (verdict,) = verdicts([scout], chest())
+    assert (verdict.part, verdict.acquisition) == (tuple(range(1, 151)), "")
 
 
-def test_a_gap_in_any_of_several_stacks_is_told() -> None:
-    inspiration, expiration = chest(150, acquisition_number=1), chest(150, acquisition_number=2)
-    assert said([*inspiration, *expiration[:70], *expiration[71:]]).startswith("incomplete: gap at z = 140.0 mm")
+def test_an_acquisition_with_a_gap_is_told_of_beside_one_that_is_analysed() -> None:
+    inspiration, expiration = chest(acquisition_number=1), chest(acquisition_number=2)
+    numbered = [replace(one, instance_number=n) for n, one in enumerate([*inspiration, *expiration])]
+    fit, unfit = triage(closed(numbered[:220] + numbered[221:]))
+    assert (fit.analyse, fit.acquisition) == (True, "acquisition 1")
+    assert (unfit.analyse, unfit.tell, unfit.acquisition) == (False, True, "acquisition 2")
+    assert unfit.reason.startswith("not analysed: incomplete: gap at z = 140.0 mm")
+    assert unfit.part == tuple(range(150, 299))
+    # Numbers that are missing next to the first one's: its end may be.
+    lost = numbered[:140] + numbered[160:220] + numbered[221:]
+    assert said(lost).startswith("incomplete: gap at z = 140.0 mm")
+    # What else may be missing, nobody knows of which.
+    assert said(numbered, "incomplete: the association was aborted").startswith("incomplete: the association was")
+
+
+def test_an_acquisition_that_nobody_would_miss_is_not_told_of() -> None:
+    monitoring = [header(n, z=100.0, acquisition_number=2) for n in range(10)]
+    (only,) = verdicts(chest(acquisition_number=1), monitoring)
+    assert (only.analyse, only.acquisition, only.part) == (True, "acquisition 1", tuple(range(150)))
 
 
 def test_an_enhanced_chest_ct_is_analysed() -> None:
@@ -187,8 +259,8 @@ def test_only_what_readers_would_miss_is_told_of() -> None:
         "head": closed(chest(body_part="HEAD")),
         "report": closed([header(0, sop_class_uid=SR, modality="SR", positions=(), orientation=None)]),
     }
-    assert {name: triage(series).tell for name, series in tell.items()} == dict.fromkeys(tell, True)
-    assert {name: triage(series).tell for name, series in silent.items()} == dict.fromkeys(silent, False)
+    assert {name: triage(series)[0].tell for name, series in tell.items()} == dict.fromkeys(tell, True)
+    assert {name: triage(series)[0].tell for name, series in silent.items()} == dict.fromkeys(silent, False)
 
 
 @pytest.mark.data

@@ -18,7 +18,7 @@ from synthetic_chest import MODELS, MOMENT, Chest, Shape, make_chest
 
 from node import __version__, results
 from node.results import Profile
-from node.results.identity import Analysis, SourceInstance, describe, uid_of
+from node.results.identity import Analysis, Part, SourceInstance, describe, uid_of
 
 
 def build(chest: Chest, folder: Path, **arguments: Any) -> list[Dataset]:
@@ -51,6 +51,27 @@ def test_uids_are_a_function_of_the_set_of_instances(instances: list[str], rando
     assert UID(uid).is_valid
     assert len(uid) <= 64
     assert uid.startswith("2.25.")
+
+
+def test_series_of_several_acquisitions_have_descriptions_and_numbers_that_fit() -> None:
+    made = []
+    for number in range(11):
+        dataset = Dataset()
+        of = replace(analysis_of("1.2.1"), part=Part(f"acquisition {10**12}, temporal position {number}", number))
+        of.header.SeriesNumber = 3
+        describe(
+            dataset,
+            of,
+            kind="sr",
+            sop_class_uid="1.2",
+            modality="SR",
+            series_offset=93,
+            series_description="AI measurements (SR)",
+        )
+        made.append(dataset)
+    assert all(len(one.SeriesDescription) == 64 for one in made[:10])
+    assert [one.SeriesNumber for one in made] == [*range(393, 300, -10), 393]
+    assert len({one.SOPInstanceUID for one in made}) == 11
 
 
 def test_uids_differ_when_anything_that_matters_differs() -> None:
