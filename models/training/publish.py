@@ -224,7 +224,7 @@ def _metadata(task: Task, plan: Plan, version: str, digest: str) -> dict[str, An
         "license": _licence(plan.shares),
         "data_source": [_SETS[source] for source in plan.shares],
         "hu_range": list(HU_RANGE),
-        "pixel_mm": plan.pixel_mm,
+        "pixel_mm": datasets.PIXEL_MM,
         "stride": stride,
         "context": context,
         "bfloat16": plan.bfloat16,

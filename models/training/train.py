@@ -52,8 +52,6 @@ class Plan:
     bfloat16: bool = True
     #: Whether the same holds of int8, by the ranges that values have on phantoms.
     int8: bool = False
-    #: Pixel size at which the trained network is run, mm; it learns at `datasets.PIXEL_MM`, and at scales about it.
-    pixel_mm: float = datasets.PIXEL_MM
 
 
 _XCEPTION = "models.networks.xception_unet.XceptionUNet"
@@ -105,8 +103,6 @@ PLANS: dict[Task, Plan] = {
         learning_rate=2e-3,
         shares={"finding-lungs": 0.30, "covid-seg-20": 0.30, "medseg-9": 0.15, "phantom": 0.25},
         int8=True,
-        # Dice is that of 1.5 mm to 0.001 (at 2 mm it would lose 0.004), for 27 % less to compute.
-        pixel_mm=1.75,
     ),
     "infection": _INFECTION,
 }

@@ -173,7 +173,7 @@ def test_context_is_the_slabs_below_and_above(monkeypatch: pytest.MonkeyPatch) -
     metadata = bundle.metadata | {"context": 2, "stride": 8, "hu_range": [0, 100]}
     network = inference._Network(Bundle("x", "1", "00", metadata, bundle.path), None)
     image = np.broadcast_to(np.arange(0, 60, 10, dtype=np.float32)[:, None, None], (6, 9, 20))
-    (*out,) = network.run(image, (slice(1, 6), slice(2, 9), slice(3, 8)))
+    (*out,) = network.run(image, range(1, 6), (slice(2, 9), slice(3, 8)))
     assert [slab.shape for slab in out] == [(5, 7, 5)] * 5
     # From inferior to superior, also outside the box; beyond the scan its last slab again.
     hu = [[round(float(channel[0, 0]) * 50 + 50) for channel in slab] for slab in out]
