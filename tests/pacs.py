@@ -62,6 +62,8 @@ class BadPacs:
             association.dul.socket.socket.shutdown(socket.SHUT_RDWR)
 
     def handle_store(self, event: Any) -> int:
+        if self._is_cut(event.assoc):  # what lay in the socket's buffer when it was closed can still be read
+            return 0xA700
         self._stores += 1
         uid = str(event.request.AffectedSOPInstanceUID)
         status = self.on_store(self._stores, uid)
@@ -70,9 +72,13 @@ class BadPacs:
         return status
 
     def handle_data(self, event: Any) -> None:
+        was_cut = self._is_cut(event.assoc)
         self._bytes[event.assoc] = self._bytes.get(event.assoc, 0) + len(event.data)
-        if self.cut_after is not None and self._bytes[event.assoc] > self.cut_after:
+        if self._is_cut(event.assoc) and not was_cut:
             event.assoc.dul.socket.socket.shutdown(socket.SHUT_RDWR)
+
+    def _is_cut(self, association: Any) -> bool:
+        return self.cut_after is not None and self._bytes.get(association, 0) > self.cut_after
 
     def handle_established(self, _event: Any) -> None:
         self.associations += 1
