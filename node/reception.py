@@ -51,6 +51,7 @@ def intake(here: Node) -> Listener:
         recall=lambda study, series: ((one.header, one.path) for one in spool.series(study, series)),
         lacking=here.ledger.lacks,
         count=Counter(counting, me.ae_title).ask if counting else None,
+        ended=spool.end,
     )
     _take_up(here, spool, assembly)
     senders = {peer.ae_title for peer in here.settings.peers_that_may("send").values()}
@@ -160,8 +161,9 @@ def _restore(spool: Spool, assembly: Assembly, key: tuple[str, str], *, closed: 
     found = spool.series(*key)
     for one in found[:1]:
         sender = AssociationId(0, one.calling_ae, one.called_ae)
-        assembly.restore(sender, ((one.header, one.path) for one in found), closed=closed)
-        log.info("open before the restart", series=key[1], instances=len(found), closed_before=closed)
+        ended = spool.ended(*key, len(found))
+        assembly.restore(sender, ((one.header, one.path) for one in found), ended=ended, closed=closed)
+        log.info("open before the restart", series=key[1], instances=len(found), ended=ended, closed_before=closed)
 
 
 def _instances_known(here: Node) -> dict[tuple[str, str], int]:

@@ -17,6 +17,7 @@ import structlog
 from sqlalchemy import delete, select
 
 from node.config import Settings
+from node.intake.spool import END
 from node.ledger import Commitment, Ledger, Series
 
 log = structlog.get_logger(__name__)
@@ -82,7 +83,7 @@ def _newest(folder: Path) -> float | None:
 
 def _remove(folder: Path) -> None:
     """Remove the files of a folder one by one, and the folder if nothing came meanwhile."""
-    for path in list(folder.glob("*.dcm")):
+    for path in [*folder.glob("*.dcm"), folder / END]:
         path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()

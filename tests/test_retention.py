@@ -26,6 +26,7 @@ def series(here: Node, uid: str, *, analysis: str = "done", delivery: str = "don
     folder = here.spool / "1.1" / uid
     folder.mkdir(parents=True)
     (folder / "1.dcm").write_bytes(b"x")
+    (folder / "end").write_text("1")
     os.utime(folder / "1.dcm", (OLD, OLD))
     (here.results / uid / "1-1").mkdir(parents=True)
     (here.results / uid / "1-1" / "sr.dcm").write_bytes(b"x")

@@ -98,6 +98,9 @@ class Assembly:
     count
         (calling AE title, study UID, series UID, tell) → whether the sender is being asked how many instances the
         series has; `tell` then gets the number, or None, from any thread.
+    ended
+        (study UID, series UID, instances) of a series whose sender came to an end of it: for `restore`, should the
+        node go down before it is closed.
     clock
         Monotonic seconds.
     """
@@ -110,6 +113,7 @@ class Assembly:
         recall: Callable[[str, str], Iterable[tuple[InstanceHeader, Path]]] | None = None,
         lacking: Callable[[str, str], bool] | None = None,
         count: Callable[[str, str, str, Callable[[int | None], None]], bool] | None = None,
+        ended: Callable[[str, str, int], None] = lambda _study, _series, _instances: None,
         grace_s: float = GRACE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -120,6 +124,7 @@ class Assembly:
         self._recall = recall or (lambda _study, _series: ())
         self._closed_lacking = lacking or (lambda _study, _series: False)
         self._count = count or (lambda _ae, _study, _series, _tell: False)
+        self._ended = ended
         self._clock = clock
         self._open: dict[_Key, _OpenSeries] = {}
         #: The series that each association sent last: it may be in the midst of it.
@@ -170,6 +175,7 @@ class Assembly:
 
     def association_ended(self, association: AssociationId, ending: Ending = "released") -> None:
         """An association is over. May be told twice."""
+        ended = []
         with self._lock:
             self._sending.pop(association, None)
             self._silent.pop(association, None)
@@ -177,14 +183,24 @@ class Assembly:
                 if association in series.associations:
                     series.end(association, ending, self._clock())
                     self._ask(series)
+                    if not (series.associations or series.broken or series.refused):
+                        ended.append((*series.key, len(series.instances)))
+        for study_uid, series_uid, instances in ended:
+            self._ended(study_uid, series_uid, instances)
 
     def restore(
-        self, association: AssociationId, instances: Iterable[tuple[InstanceHeader, Path]], *, closed: bool = False
+        self,
+        association: AssociationId,
+        instances: Iterable[tuple[InstanceHeader, Path]],
+        *,
+        ended: bool = False,
+        closed: bool = False,
     ) -> None:
         """Open a series found on disk after a restart.
 
-        It is not complete unless its sender says so by sending more, or it is known to have been `closed` before: then
-        it is judged by its geometry.
+        One whose sender had `ended`, with just these instances, goes on as though the node had stood all the while.
+        Another is not complete unless its sender says so by sending more, or it is known to have been `closed` before:
+        then it is judged by its geometry.
         """
         now = self._clock()
         with self._lock:
@@ -194,7 +210,9 @@ class Assembly:
                 self._open[key] = series
                 series.instances.setdefault(header.sop_instance_uid, (header, path))
                 series.sender = association
-                if not closed:
+                if ended:
+                    series.ended_at = now
+                elif not closed:
                     series.broken, series.broken_at = "the node was restarted while the series was open", now
 
     def tick(self, *, final: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Received instances, durable on disk: root/STUDY/SERIES/SOP.dcm.
+"""Received instances, durable on disk: root/STUDY/SERIES/SOP.dcm, and beside them when a sender came to an end.
 
 When `Part.keep` has returned, the bytes are under their final name and survive the loss of power: the file was
 fsynced, then linked, then the folder was fsynced. A data set is kept as it was sent, never decoded and encoded again,
@@ -40,6 +40,9 @@ IMPLEMENTATION_VERSION = f"LUNGNODE {__version__}"[:16]
 #: Digits in components, at most 64 characters (PS3.5 9.1). Leading zeros, which 9.1 forbids, are let through: scanners
 #: write them, and they do no harm in a path.
 UID = re.compile(r"(?=.{1,64}\Z)[0-9]+(?:\.[0-9]+)*\Z", re.ASCII)
+
+#: Name in a series' folder of the file that says how many instances there were when its sender came to an end.
+END = "end"
 
 #: Bytes compared at a time when a resent instance is checked against the one that is kept.
 _BLOCK = 1 << 20
@@ -271,6 +274,23 @@ class Spool:
                     files = [entry for entry in os.scandir(series) if entry.name.endswith(".dcm")]
                     # A folder's time is that of its last new name, and spares a look at each file.
                     yield SpooledSeries(study.name, series.name, len(files), series.stat().st_mtime)
+
+    def end(self, study_uid: str, series_uid: str, instances: int) -> None:
+        """Note that the sender came to an end of a series when so many instances were here.
+
+        Not synced: the note outlives the process, and where the loss of power takes it the series is in doubt.
+        """
+        try:
+            (self.folder(study_uid, series_uid) / END).write_text(f"{instances}", encoding="ascii")
+        except OSError as error:
+            log.warning("the end of a series is not noted", series=series_uid, error=error.strerror)
+
+    def ended(self, study_uid: str, series_uid: str, instances: int) -> bool:
+        """Whether the sender came to an end of a series with so many instances: none has come since."""
+        try:
+            return (self.folder(study_uid, series_uid) / END).read_text(encoding="ascii") == f"{instances}"
+        except (OSError, ValueError):
+            return False
 
     def still_alive(self) -> None:
         """Leave a sign for `last_alive` of the next start."""

@@ -24,8 +24,7 @@ from pydicom import dcmread
 from models.training.phantom import Phantom, phantom
 from node import status
 from node.config import Peer
-from node.delivery.peer import Outgoing, PeerError
-from node.delivery.push import push_all
+from node.delivery.peer import Outgoing, PeerError, association, contexts_for, store
 from node.ledger import Ledger, Series
 from node.phantom import write_series
 from node.status import deliveries
@@ -174,21 +173,22 @@ class WholeNode:
             left.unlink(missing_ok=True)
 
     def send(self, seed: int, seconds: float = 180) -> None:
-        """Send a series, and again what was not acknowledged, as a modality does."""
+        """Send a series, and again what was not acknowledged, or all of it where no release was, as a modality does."""
         paths = write_series(chest(), self.folder / "ct" / str(seed), seed)
-        left = {item.sop_instance_uid: item for item in map(Outgoing.read, paths)}
+        items = [Outgoing.read(path) for path in paths]
         peer = Peer(ae_title="LUNGNODE", host="127.0.0.1", port=self.port)
-
-        def sent(item: Outgoing, error: PeerError | None) -> None:
-            if error is None:
-                self.acknowledged[item.sop_instance_uid] = left.pop(item.sop_instance_uid).path
-
         deadline = time.monotonic() + seconds
-        while left:
+        left, released = list(items), False
+        while not released:
             assert time.monotonic() < deadline, f"not acknowledged in {seconds} s; the log:\n{self.log}"
-            with suppress(PeerError):
-                push_all(list(left.values()), peer, "SCANNER", sent)
-            if left:
+            with suppress(PeerError), association(peer, "SCANNER", contexts_for(items)) as made:
+                while left:
+                    store(made, left[0])
+                    self.acknowledged[left[0].sop_instance_uid] = left.pop(0).path
+                made.release()
+                released = made.is_released
+            if not released:
+                left = left or list(items)
                 time.sleep(0.3)
 
     def series(self) -> list[Series]:

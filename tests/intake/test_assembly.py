@@ -38,11 +38,20 @@ class Rig:
         self.closed: list[ClosedSeries] = []
         self.spool: dict[str, dict[str, tuple[InstanceHeader, Path]]] = {}
         self.failing = False
+        self.ends: list[tuple[str, str, int]] = []
         self.assembly = self.restarted()
         self.associations = 0
 
     def restarted(self) -> Assembly:
-        return Assembly(self.take, QUIET, recall=self.recall, lacking=self.lacks, grace_s=GRACE, clock=lambda: self.now)
+        return Assembly(
+            self.take,
+            QUIET,
+            recall=self.recall,
+            lacking=self.lacks,
+            ended=lambda *end: self.ends.append(end),
+            grace_s=GRACE,
+            clock=lambda: self.now,
+        )
 
     def lacks(self, _study: str, series: str) -> bool:
         last = [one.complete for one in self.closed if one.series_instance_uid == series]
@@ -351,6 +360,31 @@ def test_a_restart_leaves_the_end_in_doubt_until_the_sender_returns(rig: Rig) ->
             rig.wait(GRACE)
         rig.wait(QUIET)
         assert [(len(c.instances), c.complete, c.calling_ae) for c in rig.closed] == [(5, resend, "CT1")]
+
+
+def test_a_restart_after_the_end_changes_nothing(rig: Rig) -> None:
+    rig.send_all(range(5))
+    assert rig.ends == [(STUDY, CHEST, 5)]
+    rig.assembly = rig.restarted()
+    rig.assembly.restore(AssociationId(0, "CT1", "LUNGNODE"), rig.recall(STUDY, CHEST), ended=True)
+    rig.wait(GRACE)
+    assert [(len(c.instances), c.complete) for c in rig.closed] == [(5, True)]
+
+
+def test_no_end_is_noted_while_it_is_in_doubt(rig: Rig) -> None:
+    first, second = rig.associate(), rig.associate()
+    for n in range(3):
+        rig.send(first, header(n, series=CHEST))
+        rig.send(second, header(3 + n, series=CHEST))
+    rig.assembly.association_ended(first, "released")  # the other goes on
+    rig.assembly.association_ended(second, "aborted")
+    third = rig.associate()
+    rig.send(third, header(6, series=CHEST))
+    rig.assembly.refused(third, header(7, series=CHEST))
+    rig.assembly.association_ended(third, "released")
+    assert rig.ends == []
+    rig.send_all([7])
+    assert rig.ends == [(STUDY, CHEST, 8)]
 
 
 def test_a_shutdown_closes_what_is_proved_at_once(rig: Rig) -> None:

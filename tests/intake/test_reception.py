@@ -67,6 +67,16 @@ def test_what_was_open_when_the_node_went_down_stays_in_doubt(tmp_path: Path) ->
     assert "the node was restarted while the series was open" in why
 
 
+def test_what_had_ended_when_the_node_went_down_is_complete_unless_more_came(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    for count, complete in ((5, True), (6, False)):
+        spooled(tmp_path, count, age_s=3)
+        Spool(tmp_path / "spool").end(STUDY, SERIES, 5)
+        here, _, assembly = start(tmp_path)
+        close_all(assembly)
+        assert closed(here)[-1][:2] == (count, complete)
+
+
 def test_a_series_that_the_ledger_knows_is_left_alone_and_a_late_slice_opens_it(tmp_path: Path) -> None:
     (tmp_path / "spool").mkdir()
     spooled(tmp_path, 5, age_s=3)
