@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import threading
 import time
-from typing import IO
 
 import structlog
 from pydicom import Dataset, dcmread
@@ -29,18 +29,19 @@ SETTLED_S = 120.0
 #: Series of a lost ledger that are open at a time.
 OPEN_AT_ONCE = 50
 
-#: Kept open for as long as the process lives.
-_LOCKS: list[IO[str]] = []
+#: Descriptors that are kept open for as long as the process lives.
+_LOCKS: list[int] = []
 
 
 def intake(here: Node) -> Listener:
     """The listener of this installation, ready to start, with what was open when the last one ended."""
     me = here.settings.listener
     # Two listeners on one spool would clear away each other's half-written files. The lock goes with the process.
-    lock = (here.settings.data / "listener.lock").open("w")
+    lock = os.open(here.settings.data / "listener.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(lock)
         raise OSError(f"another listener works on {here.settings.data}") from None
     _LOCKS.append(lock)
     spool = Spool(here.spool, me.disk_floor_mb << 20)

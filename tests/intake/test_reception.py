@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from pathlib import Path
@@ -30,9 +29,7 @@ def start(folder: Path) -> tuple[Node, Listener, Assembly]:
     settings = {"data": folder, "listener": {"port": 1, "accept": "any", "quiet_period_s": 0.5}}
     here = Node.open(Settings.model_validate(settings))
     listener = reception.intake(here)
-    lock = reception._LOCKS.pop()
-    fcntl.flock(lock, fcntl.LOCK_UN)
-    lock.close()
+    os.close(reception._LOCKS.pop())
     return here, listener, listener._assembly
 
 
