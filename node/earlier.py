@@ -14,7 +14,7 @@ from pydicom.dataset import Dataset
 from sqlalchemy import select
 
 from models.registry import ModelIdentity
-from node.ledger import Analysis, Ledger
+from node.ledger import Analysis, Ledger, Series
 from node.results import Earlier
 
 #: Latest analyses that are looked at: reading so many headers takes about half a second, and in a hospital it is some
@@ -30,16 +30,19 @@ def results_of(ledger: Ledger, spool: Path, analysis: int, models: tuple[ModelId
     Of several acquisitions in the series that was analysed last, the one that is called as this one counts, else the
     one with the largest lungs: an inspiration, rather than an expiration.
     """
-    with ledger() as session:
+    first_of = Series.instances[0].as_string()
+    with ledger.read() as session:
         mine = session.get_one(Analysis, analysis)
-        done = select(Analysis).where(Analysis.state == "done", Analysis.series_id != mine.series_id)
-        analyses = session.scalars(done.order_by(Analysis.id.desc()).limit(LOOKED_AT)).all()
-        candidates = [(one.series.instances[0], one, one.summary) for one in analyses if one.summary]
-        first = mine.series.instances[0]
+        first = session.scalars(select(first_of).where(Series.id == mine.series_id)).one()
+        done = select(first_of, Analysis).join(Analysis.series).where(Analysis.state == "done")
+        latest_first = done.where(Series.id != mine.series_id).order_by(Analysis.id.desc())
+        candidates = [(name, one, one.summary) for name, one in session.execute(latest_first.limit(LOOKED_AT))]
     if (here := _header(spool / first)) is None or (today := _day(here)) is None or not here.get("PatientID"):
         return []
     by_study: dict[str, list[tuple[int, tuple[bool, float], Earlier]]] = {}
     for name, one, summary in candidates:
+        if not summary:
+            continue
         made_by = [(model["name"], model["version"]) for model in summary["models"]]
         if made_by != [(model.name, model.version) for model in models]:
             continue

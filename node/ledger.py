@@ -259,7 +259,7 @@ class LeaseLost(RuntimeError):  # noqa: N818 - says what happened, as KeyboardIn
 
 
 class Ledger:
-    """The ledger in a database; `ledger()` opens a transaction.
+    """The ledger in a database; `ledger()` opens a transaction, `ledger.read()` one that only reads.
 
     Parameters
     ----------
@@ -271,11 +271,19 @@ class Ledger:
     def __init__(self, url: str) -> None:
         self.engine = _engine(url)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
+        reader = self.engine.execution_options(lungnode_reads=True)
+        self._readers = sessionmaker(reader, expire_on_commit=False, autoflush=False)
 
     @contextmanager
     def __call__(self) -> Iterator[Session]:
         """A session that commits at the end of the block, or rolls back when it raises."""
         with self._sessions.begin() as session:
+            yield session
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session that sees the ledger as it is now and writes nothing: it waits for no writer, and none for it."""
+        with self._readers() as session:
             yield session
 
     def migrate(self, revision: str = "head") -> None:
@@ -338,7 +346,7 @@ class Ledger:
     def lacks(self, study_uid: str, series_uid: str) -> bool:
         """Whether the newest generation of a series was closed as incomplete."""
         mine = (Series.study_instance_uid == study_uid, Series.series_instance_uid == series_uid)
-        with self() as session:
+        with self.read() as session:
             complete = session.scalar(select(Series.complete).where(*mine).order_by(Series.id.desc()).limit(1))
         return complete is False
 
@@ -378,7 +386,7 @@ class Ledger:
 
         There are as many bells as rows, so what is passed over is not forgotten.
         """
-        with self() as session:
+        with self.read() as session:
             query = select(Analysis.id, Analysis.urgent).where(free(Analysis, time.time())).order_by(*_FIRST)
             ready = session.execute(query).all()
         if not ready or (not ready[0].urgent and any(one.id == row for one in ready)):
@@ -443,7 +451,7 @@ class Ledger:
 
     def series_ids(self) -> list[int]:
         """Row numbers of all series."""
-        with self() as session:
+        with self.read() as session:
             return list(session.scalars(select(Series.id).order_by(Series.id)))
 
     def retry(self, series_id: int) -> int:
@@ -483,13 +491,14 @@ class Lease:
 
     def take(self) -> bool:
         """Claim the row: false when it is done, not due, or held by another."""
-        now = time.time()
-        may = and_(free(self._table, now), self._table.attempts < _ATTEMPTS[self._work])
-        claim = update(self._table).where(self._table.id == self.row, may)
-        values = {"state": "running", "lease_owner": self.owner, "lease_until": now + LEASE_S}
         mine = select(self._table.attempts).where(self._table.id == self.row, self._table.state == "running")
         with self._ledger() as session:
             silent = session.scalar(mine)
+            # Only now: another program may have had the ledger for half a lease.
+            now = time.time()
+            may = and_(free(self._table, now), self._table.attempts < _ATTEMPTS[self._work])
+            claim = update(self._table).where(self._table.id == self.row, may)
+            values = {"state": "running", "lease_owner": self.owner, "lease_until": now + LEASE_S}
             if not _rows(session.execute(claim.values(**values, attempts=self._table.attempts + 1))):
                 return False
             if silent is not None and self._work != "line":
@@ -503,11 +512,14 @@ class Lease:
         stop = threading.Event()
 
         def beat() -> None:
-            while not stop.wait(LEASE_S / 4):
-                # A ledger that cannot be written now may be writable at the next beat.
+            pause = LEASE_S / 4
+            while not stop.wait(pause):
+                pause = 1.0  # a ledger that cannot be written now may be writable soon
                 with suppress(Exception), self._ledger() as session:
+                    session.execute(select(self._table.id).where(self._mine))  # begins, and waits for others
                     renewal = update(self._table).where(self._mine)
                     session.execute(renewal.values(lease_until=time.time() + LEASE_S))
+                    pause = LEASE_S / 4
 
         thread = threading.Thread(target=beat, name=f"lease-{self._work}-{self.row}", daemon=True)
         thread.start()
@@ -641,14 +653,15 @@ def _engine(url: str) -> Engine:
     @event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _record: Any) -> None:
         # The driver must not open transactions by itself: BEGIN IMMEDIATE below does, so that two writers wait for one
-        # another instead of failing half-way through.
+        # another instead of failing half-way through. Who only reads has a snapshot (WAL), and holds up nobody.
         connection.isolation_level = None
         for pragma in (f"busy_timeout={BUSY_S * 1000:.0f}", "journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        reads = connection.get_execution_options().get("lungnode_reads")
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
     return engine
 

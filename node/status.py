@@ -40,14 +40,14 @@ STYLE = {
 
 def all_series(ledger: Ledger, limit: int = 200) -> list[Series]:
     """The newest generations of series, newest first, with their events, analyses, objects and deliveries."""
-    with ledger() as session:
+    with ledger.read() as session:
         return list(session.scalars(_WHOLE.order_by(Series.id.desc()).limit(limit)))
 
 
 def find(ledger: Ledger, name: str) -> Series | None:
     """The newest series whose row number or series instance UID is `name`."""
     named = Series.id == int(name) if name.isdigit() else Series.series_instance_uid == name
-    with ledger() as session:
+    with ledger.read() as session:
         return session.scalars(_WHOLE.where(named).order_by(Series.id.desc()).limit(1)).first()
 
 
@@ -80,7 +80,7 @@ def silent_peers(ledger: Ledger) -> list[str]:
     waits = (Delivery.peer == Line.peer, Delivery.state == "waiting", Delivery.stored_at.is_(None))
     count = select(func.count(Delivery.id)).where(*waits).scalar_subquery()
     query = select(Line, count).where(Line.silent_since.is_not(None)).order_by(Line.peer)
-    with ledger() as session:
+    with ledger.read() as session:
         return [
             f"{line.peer} is silent since {_time(line.silent_since or 0.0, '%d %b %H:%M')}: {line.reason}; "
             f"{waiting} objects wait, next try {_time(line.due_at, '%H:%M:%S')}"

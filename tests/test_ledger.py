@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import sqlite3
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -14,6 +16,7 @@ from alembic.runtime.migration import MigrationContext
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 from node import ledger as ledger_module
 from node.ledger import (
@@ -132,6 +135,40 @@ def test_sqlite_is_set_to_survive_power_loss(ledger: Ledger) -> None:
     with ledger() as session:
         values = [session.scalar(text(f"PRAGMA {name}")) for name in ("journal_mode", "foreign_keys", "synchronous")]
     assert values == ["wal", 1, 2]
+
+
+def test_who_reads_and_who_writes_do_not_wait_for_one_another(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "BUSY_S", 0.1)
+    add_series(ledger, "1")
+    with ledger() as writing:
+        writing.execute(text("update series set calling_ae = 'CT'"))
+        assert ledger.series_ids() == [1]
+        assert ledger.lacks("1.1", "1.2") is False
+    with ledger.read() as reading:
+        count = "select count(*) from series"
+        assert reading.scalar(text(count)) == 1
+        assert add_series(ledger, "1", "2") == 2
+        assert reading.scalar(text(count)) == 1  # as it was when the reading began
+    assert ledger.series_ids() == [1, 2]
+
+
+def test_lease_holds_from_when_it_is_had_not_from_when_it_was_wished_for(
+    ledger: Ledger, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = add_analysis(ledger)
+    plain = ledger_module.Ledger.__call__
+
+    @contextmanager
+    def busy(self: Ledger) -> Iterator[Session]:
+        clock.now += LEASE_S / 2  # another program has the ledger
+        with plain(self) as session:
+            yield session
+
+    monkeypatch.setattr(Ledger, "__call__", busy)
+    lease = Lease(ledger, "analyse", row)
+    assert lease.take()
+    with ledger.read() as session:
+        assert session.get_one(Analysis, row).lease_until == clock.now + LEASE_S
 
 
 def test_same_instances_are_the_same_generation_and_more_are_the_next(ledger: Ledger) -> None:
