@@ -89,7 +89,7 @@ def closed_folder(folder: Path) -> list[ClosedSeries]:
         except (HeaderError, InvalidDicomError, AttributeError):
             continue
     assembly.association_ended(association)
-    assembly.tick(final=True)
+    assembly.tick()
     return closed
 
 

@@ -131,16 +131,17 @@ def _urgent(header: Dataset) -> bool:
 def _take_up(here: Node, spool: Spool, assembly: Assembly) -> None:
     """Open again what the ledger does not know, or not all of.
 
-    A series that was silent for long while the node still ran was closed, so that the ledger did know it: a ledger that
-    does not has been lost since. Its series are judged anew by their geometry. There may be very many of them, so a
-    thread opens them bit by bit.
+    Also one that it knows as incomplete and whose sender has come to its end since. A series that was silent for long
+    while the node still ran was closed, so that the ledger did know it: a ledger that does not has been lost since. Its
+    series are judged anew by their geometry. There may be very many of them, so a thread opens them bit by bit.
     """
-    known = _instances_known(here)
+    known = _known(here)
     settled = spool.last_alive - here.settings.listener.quiet_period_s - SETTLED_S
     lost = []
     for one in spool.all_series():
         key = one.study_uid, one.series_uid
-        if one.instances <= known.get(key, 0):
+        instances, complete = known.get(key, (0, False))
+        if one.instances <= instances and (complete or not spool.ended(*key, one.instances)):
             continue
         if key not in known and one.last_at < settled:
             lost.append(key)
@@ -167,11 +168,12 @@ def _restore(spool: Spool, assembly: Assembly, key: tuple[str, str], *, closed: 
         log.info("open before the restart", series=key[1], instances=len(found), ended=ended, closed_before=closed)
 
 
-def _instances_known(here: Node) -> dict[tuple[str, str], int]:
-    """How many instances of each series the ledger knows, in its largest generation."""
-    largest = func.max(func.json_array_length(Series.instances))
-    series = (Series.study_instance_uid, Series.series_instance_uid)
+def _known(here: Node) -> dict[tuple[str, str], tuple[int, bool]]:
+    """How many instances of each series the ledger knows, at most, and whether its newest generation is complete."""
+    known: dict[tuple[str, str], tuple[int, bool]] = {}
+    series = Series.study_instance_uid, Series.series_instance_uid
     with here.ledger() as session:
-        return {
-            (study, uid): count for study, uid, count in session.execute(select(*series, largest).group_by(*series))
-        }
+        query = select(*series, func.json_array_length(Series.instances), Series.complete).order_by(Series.id)
+        for study, uid, instances, complete in session.execute(query):
+            known[study, uid] = max(instances, known.get((study, uid), (0, False))[0]), complete
+    return known

@@ -100,7 +100,7 @@ class Assembly:
         series has; `tell` then gets the number, or None, from any thread.
     ended
         (study UID, series UID, instances) of a series whose sender came to an end of it: for `restore`, should the
-        node go down before it is closed.
+        node go down before it is closed. None withdraws that: the series goes on, or was closed as incomplete.
     clock
         Monotonic seconds.
     """
@@ -113,7 +113,7 @@ class Assembly:
         recall: Callable[[str, str], Iterable[tuple[InstanceHeader, Path]]] | None = None,
         lacking: Callable[[str, str], bool] | None = None,
         count: Callable[[str, str, str, Callable[[int | None], None]], bool] | None = None,
-        ended: Callable[[str, str, int], None] = lambda _study, _series, _instances: None,
+        ended: Callable[[str, str, int | None], None] = lambda _study, _series, _instances: None,
         grace_s: float = GRACE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -135,6 +135,8 @@ class Assembly:
         self._lacking: dict[_Key, set[str]] = {}
         self._lock = threading.RLock()
         self._ticking = threading.Lock()
+        #: Held while the end of a series is noted, so that the last note is the true one; taken before `_lock`.
+        self._noting = threading.Lock()
 
     def association_began(self, association: AssociationId) -> None:
         """An association is open. A series that its sender sent before may be about to go on."""
@@ -157,7 +159,9 @@ class Assembly:
                 series.instances[header.sop_instance_uid] = (header, stored.path)
                 series.sender = association
             series.refused.discard(header.sop_instance_uid)
-            series.touch(association, self._clock())
+            first = series.touch(association, self._clock())
+        if first:
+            self._note(key)
 
     def refused(self, association: AssociationId, header: InstanceHeader) -> None:
         """An instance was not stored, through no fault of its own: until it comes again, its series lacks it."""
@@ -172,6 +176,7 @@ class Assembly:
                 if len(self._lacking) > _REMEMBERED:
                     del self._lacking[next(iter(self._lacking))]
             series.touch(association, self._clock())
+        self._note(key)
 
     def association_ended(self, association: AssociationId, ending: Ending = "released") -> None:
         """An association is over. May be told twice."""
@@ -183,10 +188,9 @@ class Assembly:
                 if association in series.associations:
                     series.end(association, ending, self._clock())
                     self._ask(series)
-                    if not (series.associations or series.broken or series.refused):
-                        ended.append((*series.key, len(series.instances)))
-        for study_uid, series_uid, instances in ended:
-            self._ended(study_uid, series_uid, instances)
+                    ended.append(series.key)
+        for key in ended:
+            self._note(key)
 
     def restore(
         self,
@@ -198,28 +202,29 @@ class Assembly:
     ) -> None:
         """Open a series found on disk after a restart.
 
-        One whose sender had `ended`, with just these instances, goes on as though the node had stood all the while.
-        Another is not complete unless its sender says so by sending more, or it is known to have been `closed` before:
-        then it is judged by its geometry.
+        One whose sender had `ended`, with just these instances, is judged by its geometry after the quiet period:
+        while the node was away its sender could not go on with it. So is one that is known to have been `closed`
+        before. Another is not complete unless its sender says so by sending more.
         """
         now = self._clock()
         with self._lock:
+            found = dict[_Key, _OpenSeries]()
             for header, path in instances:
                 key = (header.study_instance_uid, header.series_instance_uid)
-                series = self._open.get(key) or _OpenSeries(key, now)
-                self._open[key] = series
+                series = found[key] = self._open.setdefault(key, _OpenSeries(key, now))
                 series.instances.setdefault(header.sop_instance_uid, (header, path))
                 series.sender = association
+            for series in found.values():
                 if ended:
-                    series.ended_at = now
+                    self._ask(series)  # what was answered before is lost
                 elif not closed:
                     series.broken, series.broken_at = "the node was restarted while the series was open", now
 
-    def tick(self, *, final: bool = False) -> None:
-        """Close what can be closed. With `final` (a shutdown) proved ends are not given their grace."""
+    def tick(self) -> None:
+        """Close what can be closed."""
         with self._ticking:
             with self._lock:
-                due = [series for series in list(self._open.values()) if self._is_due(series, final)]
+                due = [series for series in list(self._open.values()) if self._is_due(series)]
                 closing = [(series, series.closed(), series.extent) for series in due]
             for series, closed, extent in closing:
                 self._close(series, closed, extent)
@@ -240,7 +245,7 @@ class Assembly:
         series.reopened = bool(series.instances.keys() - {header.sop_instance_uid})
         return series
 
-    def _is_due(self, series: _OpenSeries, final: bool) -> bool:
+    def _is_due(self, series: _OpenSeries) -> bool:
         """Whether to close now; leaves the verdict in `series`."""
         now = self._clock()
         if not series.instances:
@@ -258,7 +263,7 @@ class Assembly:
             return True
         if series.associations or series.ended_at is None or series.reopened or series.examined:
             return False
-        if not final and (now - series.ended_at < self._grace(series) or self._goes_on(series, now)):
+        if now - series.ended_at < self._grace(series) or self._goes_on(series, now):
             return False
         series.examined = True
         if numbers_missing(series.headers):
@@ -292,7 +297,7 @@ class Assembly:
         sender = series.sender.calling_ae
         return any(one.calling_ae == sender and now - at < self._grace_s for one, at in self._silent.items())
 
-    def _close(self, series: _OpenSeries, closed: ClosedSeries, extent: tuple[int, int]) -> None:
+    def _close(self, series: _OpenSeries, closed: ClosedSeries, extent: tuple[int, int, int]) -> None:
         """Offer the series as it was when it was judged; forget it unless more has come meanwhile."""
         try:
             # Outside the lock, so that a slow ledger does not hold up the associations.
@@ -310,13 +315,29 @@ class Assembly:
             complete=closed.complete,
             reason=closed.reason,
         )
-        with self._lock:
-            if series.extent == extent:
-                self._open.pop(series.key, None)
-                if not series.refused:
-                    self._lacking.pop(series.key, None)
-            else:
-                series.reopened = True
+        with self._noting:
+            with self._lock:
+                if changed := series.extent != extent:
+                    series.reopened = True
+                else:
+                    self._open.pop(series.key, None)
+                    if not series.refused:
+                        self._lacking.pop(series.key, None)
+            if not (changed or closed.complete):
+                # From here on only another end is news.
+                self._ended(*series.key, None)
+
+    def _note(self, key: _Key) -> None:
+        """Note that the sender of an open series has come to an end of it, or that it has not."""
+        with self._noting:
+            with self._lock:
+                series = self._open.get(key)
+                if series is None:
+                    return
+                doubt = series.associations or series.broken or series.refused
+                instances = None if doubt else len(series.instances)
+            # Outside the lock, so that a slow disk does not hold up the associations.
+            self._ended(*key, instances)
 
 
 _Key = tuple[str, str]
@@ -357,16 +378,19 @@ class _OpenSeries:
         return [header for header, _ in self.instances.values()]
 
     @property
-    def extent(self) -> tuple[int, int]:
-        """Changes whenever the series has become another: instances and refusals are only ever added."""
-        return len(self.instances), len(self.refused)
+    def extent(self) -> tuple[int, int, int]:
+        """Changes whenever the series has become another, or its sender has begun to send it again."""
+        return len(self.instances), len(self.refused), self.came_over
 
-    def touch(self, association: AssociationId, now: float) -> None:
-        if association not in self.associations:
+    def touch(self, association: AssociationId, now: float) -> bool:
+        """Something of it came; gives whether it is the first over this association."""
+        first = association not in self.associations
+        if first:
             self.associations[association] = now
             self.came_over += 1
         self.last = now
         self.examined = False
+        return first
 
     def end(self, association: AssociationId, ending: Ending, now: float) -> None:
         begun = self.associations.pop(association)

@@ -227,9 +227,16 @@ class Listener:
         log.info("listening", ae_title=options.ae_title, port=self.port, transport=options.transport)
 
     def stop(self) -> None:
-        """Take no more associations, let those that are open end, abort what remains, and close proved series."""
+        """Take no more associations, let those that are open end, and abort what remains.
+
+        No series is closed from here on: it is the stop itself that keeps its sender from going on. The next start
+        takes up what is open.
+        """
         if self._server is None:
             return
+        self._stopping.set()
+        if self._ticker:
+            self._ticker.join()
         server, self._server = self._server, None
         server.shutdown()
         deadline = time.monotonic() + STOP_S
@@ -237,9 +244,7 @@ class Listener:
             time.sleep(0.05)
         for association in left:
             association.abort()
-        self._stopping.set()
-        if self._ticker:
-            self._ticker.join()
+        self._end_dead()
         log.info("stopped listening", ae_title=self.options.ae_title)
 
     def _tick(self) -> None:
@@ -251,8 +256,6 @@ class Listener:
                 break
             self._end_dead()
             self._assembly.tick()
-        self._end_dead()
-        self._assembly.tick(final=True)
 
     def _end_dead(self) -> None:
         """Associations whose thread died without a word have ended too."""

@@ -275,13 +275,19 @@ class Spool:
                     # A folder's time is that of its last new name, and spares a look at each file.
                     yield SpooledSeries(study.name, series.name, len(files), series.stat().st_mtime)
 
-    def end(self, study_uid: str, series_uid: str, instances: int) -> None:
-        """Note that the sender came to an end of a series when so many instances were here.
+    def end(self, study_uid: str, series_uid: str, instances: int | None) -> None:
+        """Note that the sender came to an end of a series when so many instances were here; None withdraws the note.
 
         Not synced: the note outlives the process, and where the loss of power takes it the series is in doubt.
         """
         try:
-            (self.folder(study_uid, series_uid) / END).write_text(f"{instances}", encoding="ascii")
+            note = self.folder(study_uid, series_uid) / END
+            if instances is None:
+                note.unlink(missing_ok=True)
+            else:
+                note.write_text(f"{instances}", encoding="ascii")
+        except InvalidUIDError:
+            return  # of an instance that was refused: nothing of its series is here
         except OSError as error:
             log.warning("the end of a series is not noted", series=series_uid, error=error.strerror)
 

@@ -38,7 +38,8 @@ class Rig:
         self.closed: list[ClosedSeries] = []
         self.spool: dict[str, dict[str, tuple[InstanceHeader, Path]]] = {}
         self.failing = False
-        self.ends: list[tuple[str, str, int]] = []
+        #: What is noted of the end of each series.
+        self.ends: dict[tuple[str, str], int] = {}
         self.assembly = self.restarted()
         self.associations = 0
 
@@ -48,10 +49,15 @@ class Rig:
             QUIET,
             recall=self.recall,
             lacking=self.lacks,
-            ended=lambda *end: self.ends.append(end),
+            ended=self.note,
             grace_s=GRACE,
             clock=lambda: self.now,
         )
+
+    def note(self, study: str, series: str, instances: int | None) -> None:
+        self.ends.pop((study, series), None)
+        if instances is not None:
+            self.ends[study, series] = instances
 
     def lacks(self, _study: str, series: str) -> bool:
         last = [one.complete for one in self.closed if one.series_instance_uid == series]
@@ -362,13 +368,32 @@ def test_a_restart_leaves_the_end_in_doubt_until_the_sender_returns(rig: Rig) ->
         assert [(len(c.instances), c.complete, c.calling_ae) for c in rig.closed] == [(5, resend, "CT1")]
 
 
-def test_a_restart_after_the_end_changes_nothing(rig: Rig) -> None:
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_series_that_had_ended_before_a_restart_may_go_on_for_the_quiet_period(rig: Rig, goes_on: bool) -> None:
     rig.send_all(range(5))
-    assert rig.ends == [(STUDY, CHEST, 5)]
+    assert rig.ends == {(STUDY, CHEST): 5}
     rig.assembly = rig.restarted()
     rig.assembly.restore(AssociationId(0, "CT1", "LUNGNODE"), rig.recall(STUDY, CHEST), ended=True)
-    rig.wait(GRACE)
-    assert [(len(c.instances), c.complete) for c in rig.closed] == [(5, True)]
+    rig.wait(QUIET - 1)
+    assert rig.closed == []
+    if goes_on:
+        rig.send_all(range(5, 10))
+        rig.wait(GRACE)
+    rig.wait(1)
+    assert [(len(c.instances), c.complete) for c in rig.closed] == [(10 if goes_on else 5, True)]
+
+
+def test_a_series_that_had_ended_before_a_restart_is_counted_anew(rig: Rig) -> None:
+    def count(_ae: str, _study: str, _series: str, tell: Callable[[int | None], None]) -> bool:
+        tell(10)
+        return True
+
+    rig.send_all(range(5))
+    rig.assembly = Assembly(rig.take, QUIET, count=count, clock=lambda: rig.now)
+    rig.assembly.restore(AssociationId(0, "CT1", "LUNGNODE"), rig.recall(STUDY, CHEST), ended=True)
+    rig.wait(QUIET + ANSWER_S)
+    short = "incomplete: its sender has 10 instances of it, 5 came; no instance came for 30 s"
+    assert rig.reasons() == [(5, False, short)]
 
 
 def test_no_end_is_noted_while_it_is_in_doubt(rig: Rig) -> None:
@@ -382,16 +407,44 @@ def test_no_end_is_noted_while_it_is_in_doubt(rig: Rig) -> None:
     rig.send(third, header(6, series=CHEST))
     rig.assembly.refused(third, header(7, series=CHEST))
     rig.assembly.association_ended(third, "released")
-    assert rig.ends == []
+    assert rig.ends == {}
     rig.send_all([7])
-    assert rig.ends == [(STUDY, CHEST, 8)]
+    assert rig.ends == {(STUDY, CHEST): 8}
 
 
-def test_a_shutdown_closes_what_is_proved_at_once(rig: Rig) -> None:
-    rig.send_all(range(5))
-    rig.send_all([0, 1, 3, 4], series=SCOUT)
-    rig.assembly.tick(final=True)
-    assert [c.series_instance_uid for c in rig.closed] == [CHEST]
+def test_an_end_holds_until_something_of_the_series_comes_again(rig: Rig) -> None:
+    for ending in ("aborted", "released"):
+        rig.send_all(range(5))
+        assert rig.ends == {(STUDY, CHEST): 5}
+        again = rig.associate()
+        rig.send(again, header(0, series=CHEST))
+        assert rig.ends == {}
+        rig.assembly.association_ended(again, ending)
+        assert rig.ends == ({(STUDY, CHEST): 5} if ending == "released" else {})
+    rig.assembly.refused(rig.associate(), header(5, series=CHEST))
+    assert rig.ends == {}
+
+
+def test_the_end_of_a_series_that_was_closed_as_incomplete_is_the_next_one(rig: Rig) -> None:
+    rig.send_all([0, 1, 2, 4, 5])
+    assert rig.ends == {(STUDY, CHEST): 5}
+    rig.wait(QUIET)
+    assert rig.ends == {}
+    rig.send_all([0, 1, 2, 4, 5])
+    assert rig.ends == {(STUDY, CHEST): 5}
+
+
+def test_a_resend_while_the_series_is_being_taken_is_no_resend_of_nothing(rig: Rig) -> None:
+    def take(closed: ClosedSeries) -> None:
+        if not rig.closed:
+            rig.send_all(range(5))
+        rig.closed.append(closed)
+
+    rig.assembly = Assembly(take, QUIET, recall=rig.recall, grace_s=GRACE, clock=lambda: rig.now)
+    rig.send_all(range(5), "aborted")
+    rig.wait(QUIET)
+    rig.wait(QUIET)
+    assert [(count, complete) for count, complete, _ in rig.reasons()] == [(5, False), (5, True)]
 
 
 def test_predecessors_that_cannot_be_read_do_not_lose_the_late_slice(rig: Rig) -> None:
@@ -455,6 +508,12 @@ class Interleaved(RuleBasedStateMachine):
     @rule(failing=st.booleans())
     def taker(self, failing: bool) -> None:
         self.rig.failing = failing
+
+    @invariant()
+    def an_end_is_noted_of_what_came_to_it(self) -> None:
+        for (_, series), instances in self.rig.ends.items():
+            assert instances == len(self.rig.spool[series])
+            assert not {uid for uid in self.refused if uid.startswith(f"{series}.")} or self.whole.get(series)
 
     @invariant()
     def nothing_closes_as_whole_with_a_gap(self) -> None:

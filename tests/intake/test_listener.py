@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,7 @@ class Node:
             1.5,
             recall=lambda study, series: [(i.header, i.path) for i in self.spool.series(study, series)],
             grace_s=0.2,
+            ended=self.spool.end,
         )
         values = {"ae_title": "LUNGNODE", "port": 0, "host": "127.0.0.1", **options}
         self.listener = Listener(ListenerOptions(**values), self.spool, self.assembly)
@@ -369,18 +371,25 @@ def _explicit(ds: Dataset) -> Dataset:
     return ds
 
 
-def test_stopping_waits_for_who_is_sending_and_closes_what_is_proved(node: Callable[..., Node]) -> None:
+def test_stopping_waits_for_who_is_sending_and_closes_no_series_whose_sender_it_keeps_out(
+    node: Callable[..., Node],
+) -> None:
     one = node()
-    with associated(one, CTImageStorage, ExplicitVRLittleEndian) as association:
-        for n in range(4):
-            association.send_c_store(_explicit(dataset(n)))
-        stopping = threading.Thread(target=one.listener.stop)
-        stopping.start()
-        assert association.send_c_store(_explicit(dataset(4))).Status == 0x0000
+    with associated(one, CTImageStorage, ExplicitVRLittleEndian) as other:
+        with associated(one, CTImageStorage, ExplicitVRLittleEndian) as association:
+            for n in range(4):
+                association.send_c_store(_explicit(dataset(n)))
+            stopping = threading.Thread(target=one.listener.stop)
+            stopping.start()
+            assert association.send_c_store(_explicit(dataset(4))).Status == 0x0000
+        # Longer than the grace for a sender's next association, which finds nobody here.
+        time.sleep(1)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", one.listener.port))
+        assert other.send_c_store(_explicit(dataset(0, series=f"{STUDY}.3"))).Status == 0x0000
     stopping.join()
-    assert [(len(c.instances), c.complete) for c in one.closed] == [(5, True)]
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", one.listener.port))
+    assert one.closed == []
+    assert one.spool.ended(STUDY, SERIES, 5)
 
 
 def test_deflated_data_sets_are_understood(node: Callable[..., Node]) -> None:

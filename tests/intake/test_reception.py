@@ -13,9 +13,9 @@ from test_spool import store
 
 from node import reception
 from node.config import Settings
-from node.intake.assembly import Assembly
+from node.intake.assembly import Assembly, AssociationId
 from node.intake.listener import Listener
-from node.intake.spool import Spool
+from node.intake.spool import Spool, Stored
 from node.ledger import Series
 from node.tasks import LEDGER, Node
 
@@ -72,6 +72,33 @@ def test_what_had_ended_when_the_node_went_down_is_complete_unless_more_came(tmp
         here, _, assembly = start(tmp_path)
         close_all(assembly)
         assert closed(here)[-1][:2] == (count, complete)
+
+
+def test_an_end_that_came_after_the_series_was_closed_as_incomplete_is_not_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 5, age_s=3)
+    _, _, assembly = start(tmp_path)
+    close_all(assembly)
+    Spool(tmp_path / "spool").end(STUDY, SERIES, 5)
+    for _ in range(2):
+        here, _, assembly = start(tmp_path)
+        if assembly.open_series:
+            close_all(assembly)
+    assert [(count, complete) for count, complete, _ in closed(here)] == [(5, False), (5, True)]
+    assert start(tmp_path)[2].open_series == 0
+
+
+def test_an_end_is_withdrawn_on_disk_when_the_series_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 5, age_s=3)
+    _, listener, assembly = start(tmp_path)
+    association = AssociationId(1, "CT1", "LUNGNODE")
+    (one, *_) = listener._spool.series(STUDY, SERIES)
+    for again, ending in ((False, "released"), (True, "aborted")):
+        assembly.received(association, one.header, Stored(one.path, "same"))
+        assert not again or not listener._spool.ended(STUDY, SERIES, 5)
+        assembly.association_ended(association, ending)  # type: ignore[arg-type]
+        assert listener._spool.ended(STUDY, SERIES, 5) is not again
 
 
 def test_a_series_that_the_ledger_knows_is_left_alone_and_a_late_slice_opens_it(tmp_path: Path) -> None:
