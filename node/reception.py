@@ -70,7 +70,13 @@ def intake(here: Node) -> Listener:
 
 
 def series_closed(here: Node, closed: ClosedSeries) -> None:
-    """Triage a series that intake closed, and write down what is owed for it."""
+    """Triage a series that intake closed, and write down what is owed for it.
+
+    Raises
+    ------
+    OSError
+        Its files are there and cannot be read now.
+    """
     try:
         verdicts = triage(closed)
         header = dcmread(closed.paths[0], stop_before_pixels=True)
@@ -78,6 +84,8 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
         route = next((route for route in here.settings.routes if route.takes(names, header)), None)
         urgent = _urgent(header) or (route is not None and route.urgent)
     except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # it may pass (EMFILE, EIO, ESTALE): the assembly offers the series again
         # Whatever is wrong with its header, the series must come to an end that can be seen.
         verdicts = [Verdict(False, f"not analysed: its header cannot be read ({logs.plainly(error)})")]
         route, urgent = None, False
@@ -172,7 +180,7 @@ def _known(here: Node) -> dict[tuple[str, str], tuple[int, bool]]:
     """How many instances of each series the ledger knows, at most, and whether its newest generation is complete."""
     known: dict[tuple[str, str], tuple[int, bool]] = {}
     series = Series.study_instance_uid, Series.series_instance_uid
-    with here.ledger() as session:
+    with here.ledger.read() as session:
         query = select(*series, func.json_array_length(Series.instances), Series.complete).order_by(Series.id)
         for study, uid, instances, complete in session.execute(query):
             known[study, uid] = max(instances, known.get((study, uid), (0, False))[0]), complete

@@ -19,9 +19,13 @@ _THERE = ("done", "confirmed", "running")
 
 
 def drop_waiting(ledger: Ledger, session: Session, newer: Series) -> None:
-    """End analyses of earlier generations that nobody has begun: the newer one is to be analysed."""
+    """End analyses of earlier generations that nobody has begun, where one of the newer takes their place.
+
+    What is only told about takes nothing from what is to be analysed.
+    """
     for analysis in _earlier(session, newer):
-        if analysis.state == "waiting":
+        heirs = [one for one in _heirs(newer, analysis) if one.not_analysed is None or analysis.not_analysed]
+        if heirs and analysis.state == "waiting":
             analysis.state, analysis.finished_at = "superseded", time.time()
             analysis.reason = f"superseded by generation {newer.generation}, before it was analysed"
             ledger.tell_of(session, analysis, analysis.reason)
@@ -34,10 +38,7 @@ def supersede(ledger: Ledger, session: Session, newer: Analysis) -> None:
     """
     again = {made.sop_instance_uid for one in newer.series.analyses for made in one.objects}
     for analysis in _earlier(session, newer.series):
-        if analysis.route != newer.route or (analysis.state == "done" and newer.state != "done"):
-            continue
-        heirs = [one for one in newer.series.analyses if _is_heir(one, analysis)]
-        if heirs and newer not in heirs:
+        if newer not in _heirs(newer.series, analysis) or (analysis.state == "done" and newer.state != "done"):
             continue
         dropped = 0
         for made in analysis.objects:
@@ -61,6 +62,12 @@ def outdated_at(session: Session, newer: Analysis, peer: str) -> list[Object]:
     query = select(Object).join(Object.deliveries).where(Object.superseded_by == newer.id, Delivery.peer == peer, there)
     # What was made again in several generations is one object to the peer.
     return list({made.sop_instance_uid: made for made in session.scalars(query.order_by(Object.id))}.values())
+
+
+def _heirs(newer: Series, older: Analysis) -> list[Analysis]:
+    """Analyses of a newer generation that take the place of an earlier one: all, where none is of its acquisition."""
+    mine = [one for one in newer.analyses if one.route == older.route]
+    return [one for one in mine if _is_heir(one, older)] or mine
 
 
 def _is_heir(newer: Analysis, older: Analysis) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("short_waits")
 
 def make_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, notes: bool = False, port: int = 104) -> Node:
     pacs = {"ae_title": "ORTHANC", "host": "127.0.0.1", "port": port, "rejection_notes": notes}
-    route = {"name": "chest", "to": {"pacs": ["sr", "capture"]}}
+    route = {"name": "chest", "from": ["pacs"], "to": {"pacs": ["sr", "capture"]}}
     here = Node.open(Settings.model_validate({"data": tmp_path / "var", "peers": {"pacs": pacs}, "routes": [route]}))
     monkeypatch.setattr(tasks, "node", lambda: here)
     for module in (tasks, reception):
@@ -46,7 +47,7 @@ def close(here: Node, slices: int) -> None:
     some = ClosedSeries(
         **{
             **{name: getattr(closed, name) for name in ("series_instance_uid", "study_instance_uid", "called_ae")},
-            "calling_ae": "PACS",
+            "calling_ae": "ORTHANC",
             "instances": closed.instances[:slices],
             "paths": closed.paths[:slices],
             "complete": False,
@@ -67,6 +68,32 @@ def test_analysis_that_nobody_began_gives_way(tmp_path: Path, monkeypatch: pytes
     newer, older = newest_first(here)
     assert (state(newer), state(older)) == ("waiting", "superseded")
     assert here.ledger.analyses_owed() == [newer.analyses[0].id]
+
+
+@pytest.mark.parametrize("gap", [False, True])
+@pytest.mark.parametrize("sender", ["ORTHANC", "ELSEWHERE"])
+def test_analysis_that_waits_gives_way_only_to_one_that_will_be_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: bool, sender: str
+) -> None:
+    here = make_node(tmp_path, monkeypatch)
+    paths = write_series(phantom(3, shape=(40, 48, 48), spacing=(5.0, 7.0, 7.0)), here.spool / "1.2" / "1.3", 3)
+    late = paths[38 if gap else 39]
+    kept = late.read_bytes()
+    late.unlink()
+    if gap:
+        paths[39].rename(tmp_path / "last")
+    (first,) = closed_folder(here.spool)
+    reception.series_closed(here, dataclasses.replace(first, calling_ae="ORTHANC"))
+    assert here.ledger.analyses_owed() == [1]
+    if gap:
+        (tmp_path / "last").rename(paths[39])
+    else:
+        late.write_bytes(kept)
+    (again,) = closed_folder(here.spool)
+    reception.series_closed(here, dataclasses.replace(again, calling_ae=sender))
+    newer, older = newest_first(here)
+    assert older.analyses[0].state == ("waiting" if gap or sender == "ELSEWHERE" else "superseded")
+    assert [one.not_analysed is None for one in newer.analyses] == ([] if sender == "ELSEWHERE" else [not gap])
 
 
 def test_objects_still_owed_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

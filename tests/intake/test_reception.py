@@ -13,7 +13,7 @@ from test_spool import store
 
 from node import reception
 from node.config import Settings
-from node.intake.assembly import Assembly, AssociationId
+from node.intake.assembly import RETRY_S, Assembly, AssociationId
 from node.intake.listener import Listener
 from node.intake.spool import Spool, Stored
 from node.ledger import Series
@@ -112,6 +112,29 @@ def test_a_series_that_the_ledger_knows_is_left_alone_and_a_late_slice_opens_it(
     here, _, assembly = start(tmp_path)
     close_all(assembly)
     assert [count for count, _, _ in closed(here)] == [5, 6]
+
+
+@pytest.mark.parametrize(("gone", "count"), [(False, 0), (True, 1)])
+def test_a_file_that_cannot_be_read_now_is_tried_again_and_one_that_is_gone_is_told_of(
+    tmp_path: Path, gone: bool, count: int
+) -> None:
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 5, age_s=3)
+    here, listener, assembly = start(tmp_path)
+    path = listener._spool.series(STUDY, SERIES)[0].path
+    away = path.rename(tmp_path / "away")
+    if not gone:
+        path.symlink_to(path)  # ELOOP, for whoever runs this
+    time.sleep(0.6)
+    assembly.tick()
+    assert (len(closed(here)), assembly.open_series) == (count, 1 - count)
+    if not gone:
+        path.unlink()
+        away.rename(path)
+        wait_for(lambda: assembly.tick() or not assembly.open_series, RETRY_S + 5, "the series to be offered again")
+    with here.ledger() as session:
+        (row,) = session.query(Series)
+        assert ("its header cannot be read" in row.verdict) is gone
 
 
 def test_a_lost_ledger_makes_old_series_be_judged_by_their_geometry(tmp_path: Path) -> None:
