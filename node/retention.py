@@ -45,10 +45,8 @@ def drop_old(settings: Settings, ledger: Ledger) -> int:
     before = time.time() - settings.retention.days * _DAY_S
     dropped = 0
     for folder in sorted((settings.data / "spool").glob("*/*")):
-        newest = _newest(folder)
-        if newest is None or newest >= before or not _finished(ledger, folder.name, before):
+        if not _is_old(folder, before) or not _finished(ledger, folder.name, before) or not _remove(folder, before):
             continue
-        _remove(folder)
         _remove_tree(settings.data / "results" / folder.name)
         with suppress(OSError):
             folder.parent.rmdir()  # the study, once it is empty
@@ -74,19 +72,37 @@ def _finished(ledger: Ledger, series_uid: str, before: float) -> bool:
         return bool(generations) and old and all(work.state in _FINAL for work in (*works, *sent))
 
 
-def _newest(folder: Path) -> float | None:
-    """When the newest file of a series folder was written; None for what is no folder with files."""
+def _is_old(folder: Path, before: float) -> bool:
+    """Whether a series folder has files, and all of them came, or came again, before then."""
     with suppress(OSError):
-        return max((path.stat().st_mtime for path in folder.glob("*.dcm")), default=None)
-    return None
+        return max((_came(path) for path in folder.glob("*.dcm")), default=before) < before
+    return False
 
 
-def _remove(folder: Path) -> None:
-    """Remove the files of a folder one by one, and the folder if nothing came meanwhile."""
-    for path in [*folder.glob("*.dcm"), folder / END]:
-        path.unlink(missing_ok=True)
+def _came(path: Path) -> float:
+    """When a file came last; never for one that another process has removed."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _remove(folder: Path, before: float) -> bool:
+    """Remove a folder's files one by one, and the folder; gives whether they were still old.
+
+    Its sender may begin to send it again at any time: what comes, or comes again, stays.
+    """
+    files = list(folder.glob("*.dcm"))
+    if any(_came(path) >= before for path in files):
+        return False
+    for path in files:
+        if _came(path) < before:
+            path.unlink(missing_ok=True)
+    if not any(folder.glob("*.dcm")):
+        (folder / END).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
+    return True
 
 
 def _remove_tree(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from node import retention
 from node.config import Settings
-from node.ledger import Analysis, Delivery, Object, Series
+from node.ledger import Analysis, Delivery, Ledger, Object, Series
 from node.tasks import Node
 
 OLD = time.time() - 40 * 86400
@@ -83,6 +83,41 @@ def test_young_unknown_and_growing_series_are_kept(here: Node) -> None:
     os.utime(unknown / "1.dcm", (OLD, OLD))
     assert retention.drop_old(here.settings, here.ledger) == 0
     assert all(list(folder.iterdir()) for folder in (young, growing, unknown))
+
+
+def test_a_series_that_comes_again_while_it_is_looked_at_is_kept(here: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = [series(here, "1.2") / "2.dcm", series(here, "1.3") / "1.dcm"]
+    finished = retention._finished
+
+    def meanwhile(ledger: Ledger, uid: str, before: float) -> bool:
+        for path in fresh:
+            path.touch()
+        return finished(ledger, uid, before)
+
+    monkeypatch.setattr(retention, "_finished", meanwhile)
+    assert retention.drop_old(here.settings, here.ledger) == 0
+    assert [len(list(path.parent.glob("*.dcm"))) for path in fresh] == [2, 1]
+    assert (here.results / "1.2").exists()
+
+
+def test_what_comes_while_its_series_is_being_dropped_stays(here: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = series(here, "1.2")
+    for n in range(2, 5):
+        (folder / f"{n}.dcm").write_bytes(b"x")
+        os.utime(folder / f"{n}.dcm", (OLD, OLD))
+    first, again, *_ = folder.glob("*.dcm")
+    unlink = Path.unlink
+
+    def meanwhile(path: Path, missing_ok: bool = False) -> None:
+        if path == first:
+            os.utime(again)
+            (folder / "5.dcm").write_bytes(b"x")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", meanwhile)
+    retention.drop_old(here.settings, here.ledger)
+    assert set(folder.glob("*.dcm")) == {again, folder / "5.dcm"}
+    assert (folder / "end").exists()
 
 
 def test_null_days_keep_everything(here: Node) -> None:

@@ -21,6 +21,7 @@ import shutil
 import struct
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -163,7 +164,7 @@ class Part:
         """
         try:
             path = self._spool.folder(study_uid, series_uid) / f"{_valid(sop_uid)}.dcm"
-            if path.exists():
+            with suppress(FileNotFoundError):
                 return self._kept(path)
             self._spool.ensure(path.parent)
             os.fsync(self._file)
@@ -186,10 +187,18 @@ class Part:
             self._path.unlink(missing_ok=True)
 
     def _kept(self, path: Path) -> Stored:
-        """Compare with what is kept. Another thread may have linked it just now, so its names are brought to disk."""
+        """Compare with what is kept. Another thread may have linked it just now, so its names are brought to disk.
+
+        Raises
+        ------
+        FileNotFoundError
+            Nothing is kept, or it was dropped by age a moment ago.
+        """
+        os.utime(path)  # what comes again is as young as what comes anew (`node.retention`)
         same = self._same_as(path)
         self._spool.ensure(path.parent)
         _fsync_folder(path.parent)
+        path.stat()
         return Stored(path, "same" if same else "differs")
 
     def _same_as(self, path: Path) -> bool:

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from made_instances import SERIES, STUDY, dataset, dataset_bytes, encoded
 from pydicom import dcmread
 
-from node.intake.spool import UID, InvalidUIDError, Spool, SpoolFullError, Stored
+from node.intake.spool import UID, InvalidUIDError, Part, Spool, SpoolFullError, Stored
 
 EXPLICIT = "1.2.840.10008.1.2.1"
 Keep = Callable[..., Stored]
@@ -79,6 +80,26 @@ def test_the_first_of_several_contents_is_kept(spool: Spool) -> None:
         "same",
     ]
     assert dataset_bytes(store(spool).path.read_bytes()) == raw
+
+
+def test_what_comes_again_is_as_young_as_what_comes_anew_and_what_was_dropped_is_new(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, raw = store(spool).path, encoded(dataset(0))
+    for again in (raw, raw + b"\0\0"):
+        os.utime(path, (0, 0))
+        store(spool, raw=again)
+        assert path.stat().st_mtime > time.time() - 100
+    same_as = Part._same_as
+
+    def dropped_meanwhile(part: Part, kept: Path) -> bool:
+        same = same_as(part, kept)
+        kept.unlink()
+        return same
+
+    monkeypatch.setattr(Part, "_same_as", dropped_meanwhile)
+    assert store(spool).outcome == "new"
+    assert dataset_bytes(path.read_bytes()) == raw
 
 
 @pytest.mark.parametrize(
