@@ -58,7 +58,8 @@ _LUMEN_MM2 = (30.0, 900.0)
 _WALL_HU = -600.0
 _WALL_SHARE = 0.75
 
-#: The infection network sees the lungs' box and so much around it, mm.
+#: The infection network sees the lungs' box and at least so much around it, mm, up to its own strides: it makes more of
+#: where its pixels begin than of anything else, and lungs that end a pixel further out must not move them.
 _MARGIN_MM = 15.0
 
 #: Neighbours in space that share a face.
@@ -197,8 +198,11 @@ class Segmenter:
         if box is None:
             tell("infection", 1.0)
             return chance
+        z, *plane = box
+        stride = self._infection.stride
+        y, x = (_on_strides(side, size, stride) for side, size in zip(plane, lungs.shape[1:], strict=True))
+        box = z, y, x
         inside = chance[box]
-        z, y, x = box
         for row, logits in enumerate(self._infection.run(grid.image, range(z.start, z.stop), (y, x))):
             inside[row] = _sigmoid(logits[0])
             tell("infection", (row + 1) / len(inside))
@@ -277,7 +281,7 @@ class _Network:
             low, high = (float(value) for value in bundle.metadata["hu_range"])
             #: Neighbours below and above that the network sees beside a slab.
             self._context = int(bundle.metadata.get("context", 0))
-            self._stride = int(bundle.metadata["stride"])
+            self.stride = int(bundle.metadata["stride"])
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"{bundle.path / 'configs' / 'metadata.json'}: {error!r}") from None
         self._low, self._high = low, high
@@ -288,7 +292,7 @@ class _Network:
     ) -> Iterator[NDArray[np.float32]]:
         """Logits [channel, y, x] of these slabs of HU [z, y, x], or of a part of their plane."""
         height, width = image[0][plane].shape
-        padded = height + -height % self._stride, width + -width % self._stride
+        padded = height + -height % self.stride, width + -width % self.stride
 
         def slabs() -> Iterator[NDArray[np.float32]]:
             for row in rows:
@@ -462,6 +466,11 @@ def _box(mask: NDArray[np.bool_], margins: Sequence[int]) -> tuple[slice, slice,
         for f, m, n in zip(found, margins, mask.shape, strict=True)
     )
     return z, y, x
+
+
+def _on_strides(side: slice, size: int, stride: int) -> slice:
+    """The whole strides of an image of this size, from its first pixel on, in which a side of a box lies."""
+    return slice(side.start // stride * stride, min(size, -(-side.stop // stride) * stride))
 
 
 @contextmanager

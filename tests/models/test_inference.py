@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given
 
 from models import inference
-from models.inference import LEFT, RIGHT, Segmentation, Segmenter, _airways, _crumbs, _largest_each, _without_gas
+from models.inference import (
+    LEFT,
+    RIGHT,
+    Segmentation,
+    Segmenter,
+    _airways,
+    _crumbs,
+    _largest_each,
+    _on_strides,
+    _without_gas,
+)
 from models.registry import load_bundle
 from models.training.phantom import Phantom, phantom
 
@@ -180,3 +192,14 @@ def test_a_lesion_has_a_volume_and_more_than_one_thin_slab() -> None:
     assert np.array_equal(_crumbs(positive, (5.0, 1.5, 1.5), 100.0, 3.0), one)
     assert not _crumbs(positive, spacing, 0.0, 0.0).any()
     assert not _crumbs(np.zeros_like(positive), spacing, 100.0, 3.0).any()
+
+
+@given(st.integers(1, 600), st.data())
+def test_a_window_lies_on_strides_about_its_box(size: int, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, size - 1))
+    box = slice(start, data.draw(st.integers(start + 1, size)))
+    window = _on_strides(box, size, 32)
+    assert window.start <= box.start < box.stop <= window.stop <= size
+    assert window.start % 32 == 0
+    assert window.stop % 32 == 0 or window.stop == size
+    assert box.start - window.start < 32 > window.stop - box.stop
