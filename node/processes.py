@@ -1,4 +1,4 @@
-"""The processes of a node on one machine: started together, started again when one dies, stopped in order."""
+"""The processes of a node on one machine: started together, started again when one dies, stopped together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 
 import structlog
@@ -19,6 +19,12 @@ log = structlog.get_logger(__name__)
 
 #: Seconds for which a process may finish what it is doing (an analysis on a slow machine) before it is stopped hard.
 STOP_S = 60.0
+
+#: Seconds after which one that has not ended is asked again.
+ASK_AGAIN_S = 2.0
+
+#: Seconds for which a process may be stopped hard before it is killed.
+HARD_STOP_S = 5.0
 
 #: Seconds to wait before a process that died is started again; doubles up to the second while it keeps dying.
 RESTART_S = (1.0, 60.0)
@@ -69,7 +75,7 @@ class Supervisor:
     Parameters
     ----------
     commands
-        Name → arguments of `lungnode`, in the order in which they are stopped.
+        Name → arguments of `lungnode`, in the order in which they are asked to stop.
     environment
         Variables for the children beside ours.
     """
@@ -82,7 +88,7 @@ class Supervisor:
         self._start_at: dict[str, float] = dict.fromkeys(commands, 0.0)
 
     def run(self, stop: StopSignal, started: Callable[[], None] = lambda: None) -> None:
-        """Start all, restart what dies, until `stop`; then stop them in order."""
+        """Start all, restart what dies, until `stop`; then stop them."""
         self._tend()
         started()
         while not stop.event.wait(0.2):
@@ -107,25 +113,36 @@ class Supervisor:
                     [sys.executable, "-m", "node", *command],
                     env=self._environment,
                     stdin=subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C reaches us alone; we stop the others in order
+                    start_new_session=True,  # Ctrl-C reaches us alone; we stop the others
                     preexec_fn=dies_with_parent,
                 )
 
     def _stop(self, stop: StopSignal) -> None:
+        """Ask all at once, the listener first as it must take nothing more; stop hard who has not ended in time."""
         asked, deadline = stop.count, time.monotonic() + STOP_S
-        for child in self._running.values():
+        children = [self._running[name] for name in self._commands if name in self._running]
+        while time.monotonic() < deadline and stop.count == asked:
             # Again and again: a Celery worker that is still starting forgets the first.
-            while child.poll() is None and time.monotonic() < deadline and stop.count == asked:
-                child.send_signal(signal.SIGTERM)
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(2)
-        for child in self._running.values():
-            if child.poll() is None:
-                # SIGQUIT is Celery's cold shutdown: its pool goes too. The ledger still owes the work.
-                child.send_signal(signal.SIGQUIT)
-        for child in self._running.values():
-            try:
-                child.wait(5)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+            for child in children:
+                child.send_signal(signal.SIGTERM)  # none is sent to one that has ended
+            if _ended(children, min(deadline, time.monotonic() + ASK_AGAIN_S), lambda: stop.count != asked):
+                return
+        for child in children:
+            # SIGQUIT is Celery's cold shutdown: its pool goes too. The ledger still owes the work.
+            child.send_signal(signal.SIGQUIT)
+        _ended(children, time.monotonic() + HARD_STOP_S)
+        for child in children:
+            child.kill()
+        for child in children:
+            child.wait()
+
+
+def _ended(
+    children: Sequence[subprocess.Popen[bytes]], deadline: float, hurry: Callable[[], bool] = lambda: False
+) -> bool:
+    """Wait for all together, until the deadline or a hurry."""
+    while any(child.poll() is None for child in children):
+        if time.monotonic() >= deadline or hurry():
+            return False
+        time.sleep(0.05)
+    return True

@@ -46,12 +46,13 @@ def intake(here: Node) -> Listener:
     _LOCKS.append(lock)
     spool = Spool(here.spool, me.disk_floor_mb << 20)
     counting = {peer.ae_title: peer for peer in here.settings.peers_that_may("count").values()}
+    counter = Counter(counting, me.ae_title)
     assembly = Assembly(
         lambda closed: series_closed(here, closed),
         me.quiet_period_s,
         recall=lambda study, series: ((one.header, one.path) for one in spool.series(study, series)),
         lacking=here.ledger.lacks,
-        count=Counter(counting, me.ae_title).ask if counting else None,
+        count=counter.ask,
         ended=spool.end,
     )
     _take_up(here, spool, assembly)
@@ -66,7 +67,7 @@ def intake(here: Node) -> Listener:
         transport=me.transport,
     )
     contexts, handlers = commitment.services(here.ledger, here.settings)
-    return Listener(options, spool, assembly, contexts=contexts, handlers=handlers)
+    return Listener(options, spool, assembly, contexts=contexts, handlers=handlers, stopped=counter.stop)
 
 
 def series_closed(here: Node, closed: ClosedSeries) -> None:

@@ -55,15 +55,16 @@ INVALID_ARGUMENT: Final = 0x0115
 _CLASS_NOT_SUPPORTED: Final = 0x0122
 
 
-def ask(ledger: Ledger, name: str, peer: Peer, calling_ae: str) -> None:
-    """Ask for all commitments of a peer that are due; the caller has the line to it.
+def ask(ledger: Ledger, name: str, peer: Peer, calling_ae: str, stopping: threading.Event) -> None:
+    """Ask for all commitments of a peer that are due, until `stopping` is set; the caller has the line to it.
 
     Raises
     ------
     PeerError
         The peer was not reached. It will be asked again.
     """
-    while objects := _begin(ledger, name, uid := str(generate_uid()), required=peer.commitment == "required"):
+    required = peer.commitment == "required"
+    while not stopping.is_set() and (objects := _begin(ledger, name, uid := str(generate_uid()), required=required)):
         request = Dataset()
         request.TransactionUID = uid
         request.ReferencedSOPSequence = [_reference(*one) for one in objects]
@@ -93,7 +94,7 @@ def ask(ledger: Ledger, name: str, peer: Peer, calling_ae: str) -> None:
                 raise
             # No presentation context: the peer does not know the service.
             reason = f"{name} offers no storage commitment; set its `commitment` to off, or enable the service there"
-            _give_up(ledger, uid, reason, required=peer.commitment == "required")
+            _give_up(ledger, uid, reason, required=required)
 
 
 def services(ledger: Ledger, settings: Settings) -> tuple[list[PresentationContext], list[tuple[Any, ...]]]:

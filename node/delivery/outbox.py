@@ -90,7 +90,7 @@ class Outbox:
                 while not self.stopping.is_set() and (batch := self.due()):
                     self._send(batch, line)
                 if self.peer is not None and self.peer.commitment != "off":
-                    commitment.ask(self.ledger, self.name, self.peer, self.calling_ae)
+                    commitment.ask(self.ledger, self.name, self.peer, self.calling_ae, self.stopping)
             except PeerError as error:
                 log.warning("peer does not answer, will be tried again", peer=self.name, because=str(error))
                 line.silent(str(error))

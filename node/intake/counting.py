@@ -6,6 +6,7 @@ prove that nothing more will: an archive may itself still be receiving.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,6 +31,9 @@ AT_ONCE = 4
 #: What is asked with (PS3.4 C.6.2).
 QUERY_MODEL = StudyRootQueryRetrieveInformationModelFind
 
+#: Takes the count, or None when there is none to be had.
+Tell = Callable[[int | None], None]
+
 #: C-FIND statuses: a match follows (PS3.4 C.4.1.1.4).
 _PENDING = (0xFF00, 0xFF01)
 
@@ -49,23 +53,41 @@ class Counter:
         self._peers = peers
         self._ae_title = ae_title
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="count")
+        self._lock = threading.Lock()
+        self._stopped = False
+        #: What waits for a thread, by study and series UID. A later question about a series takes an earlier one's
+        #: place: one that arrives in a thousand associations is asked for once, as it is by then.
+        self._waiting: dict[tuple[str, str], tuple[Peer, Tell]] = {}
 
-    def ask(self, calling_ae: str, study_uid: str, series_uid: str, tell: Callable[[int | None], None]) -> bool:
-        """Begin to ask the sender of a series; `tell` gets the count, or None. False where it may not be asked."""
-        peer = self._peers.get(calling_ae)
-        if peer is None:
-            return False
+    def ask(self, calling_ae: str, study_uid: str, series_uid: str, tell: Tell) -> bool:
+        """Begin to ask the sender of a series; `tell` gets the count, or None. False where it may not be asked.
 
-        def work() -> None:
-            count = None
-            try:
-                count = count_instances(peer, self._ae_title, study_uid, series_uid)
-            except Exception as error:
-                log.warning("count not asked", calling_ae=calling_ae, error=plainly(error))
-            tell(count)
-
-        self._threads.submit(work)
+        `tell` is not called when the series is asked for anew before its turn has come.
+        """
+        peer, series = self._peers.get(calling_ae), (study_uid, series_uid)
+        with self._lock:
+            if peer is None or self._stopped:
+                return False
+            if series not in self._waiting:
+                self._threads.submit(self._work, series)
+            self._waiting[series] = peer, tell
         return True
+
+    def stop(self) -> None:
+        """Ask no more; what is under way ends by itself."""
+        with self._lock:
+            self._stopped = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _work(self, series: tuple[str, str]) -> None:
+        with self._lock:
+            peer, tell = self._waiting.pop(series)
+        count = None
+        try:
+            count = count_instances(peer, self._ae_title, *series)
+        except Exception as error:
+            log.warning("count not asked", calling_ae=peer.ae_title, error=plainly(error))
+        tell(count)
 
 
 def count_instances(peer: Peer, ae_title: str, study_uid: str, series_uid: str) -> int | None:

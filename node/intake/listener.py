@@ -153,6 +153,8 @@ class Listener:
     contexts, handlers
         Presentation contexts and pynetdicom event handlers of further services that answer at the same address, such
         as Storage Commitment's N-EVENT-REPORT.
+    stopped
+        Called at the end of `stop`.
     """
 
     def __init__(
@@ -163,6 +165,7 @@ class Listener:
         *,
         contexts: Sequence[PresentationContext] = (),
         handlers: Sequence[tuple[Any, ...]] = (),
+        stopped: Callable[[], None] = lambda: None,
     ) -> None:
         if options.known_peers is not None and not options.known_peers:
             raise ValueError("no peer may send: name the peers that may, or accept any calling AE title")
@@ -171,6 +174,7 @@ class Listener:
         self._assembly = assembly
         self._contexts = [build_context(Verification), *contexts]
         self._handlers = list(handlers)
+        self._stopped = stopped
         self._server: AssociationServer | None = None
         self._numbers = itertools.count(1)
         self._associations: dict[Association, AssociationId] = {}
@@ -245,6 +249,7 @@ class Listener:
         for association in left:
             association.abort()
         self._end_dead()
+        self._stopped()
         log.info("stopped listening", ae_title=self.options.ae_title)
 
     def _tick(self) -> None:

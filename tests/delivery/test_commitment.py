@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sqlalchemy import select, update
 from node import reception
 from node.config import Peer, Settings
 from node.delivery import commitment
+from node.delivery.outbox import Outbox
 from node.ledger import Commitment, Delivery, Ledger
 from node.tasks import Node
 
@@ -177,6 +179,22 @@ def test_request_that_does_not_reach_the_peer_is_none(ledger: Ledger, results: P
     with ledger() as session:
         assert session.scalars(select(Delivery.asks)).one() == 0
         assert session.scalars(select(Commitment)).all() == []
+
+
+def test_worker_that_is_stopped_leaves_the_asking_to_the_next(ledger: Ledger, results: Path) -> None:
+    owe(ledger, results, "pacs")
+    stopping = threading.Event()
+
+    def store(_n: int, _uid: str) -> int:
+        stopping.set()
+        return 0x0000
+
+    with bad_pacs(BadPacs(on_store=store, answer="same")) as pacs:
+        required = pacs.peer(commitment="required")
+        Outbox(ledger, results, "pacs", required, "LUNGNODE", stopping).work_off()
+        assert (states(ledger), pacs.requests) == (["stored"], [])
+        outbox(ledger, results, required).work_off()
+        wait_for(lambda: states(ledger) == ["confirmed"], 10, "the next worker to ask")
 
 
 def request(transaction: str, *uids: str) -> Dataset:
