@@ -22,8 +22,14 @@ _BLOCK = 1 << 20
 #: many requests, a server or a proxy that is not well. 401 and 403 are credentials that an admin is about to mend.
 _PASSES: Final = frozenset((401, 403, 408, 423, 425, 429))
 
-#: Failure Reason (0008,1197) that passes: processing failure, no resources (PS3.18 table 10.5.3-2, PS3.3 C.14.1.1).
-_REASONS_THAT_PASS: Final = frozenset((0x0110, 0x0213, *range(0xA700, 0xA800)))
+#: Failure Reason (0008,1197) of an object that is there already: duplicate SOP instance (PS3.3 C.14.1.1), and the same
+#: in the words of Microsoft's DICOM service (45070 in its conformance statement). Our UIDs are derived, so it is this
+#: very object, from a POST whose answer was lost.
+_REASONS_THAT_IT_IS_THERE: Final = frozenset((0x0111, 0xB00E))
+
+#: Failure Reason that passes: processing failure, no resources (PS3.18 table 10.5.3-2, PS3.3 C.14.1.1), and from
+#: Microsoft's service that another request is just creating the object (45071).
+_REASONS_THAT_PASS: Final = frozenset((0x0110, 0x0213, *range(0xA700, 0xA800), 0xB00F))
 
 
 class ByStow:
@@ -101,6 +107,8 @@ def _judge(answer: httpx.Response, item: Outgoing) -> str:
         return "" if not warning else f"stored with warning {hexadecimal(warning)}"
     if code in (200, 202, 409):
         reason = failures.get(item.sop_instance_uid)
+        if reason in _REASONS_THAT_IT_IS_THERE:
+            return f"stored with warning {hexadecimal(reason)}"
         if reason is not None:
             passes = reason in _REASONS_THAT_PASS
             raise PeerError(f"STOW-RS failed with reason {hexadecimal(reason)}", permanent=not passes)

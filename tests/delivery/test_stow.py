@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Orthanc, free_port
+from conftest import Orthanc, free_port, wait_for
 from owed import outbox, owe, states
 from pydicom import dcmread
 from pydicom.uid import CTImageStorage, SegmentationStorage
@@ -44,8 +44,11 @@ def test_orthanc_takes_objects_by_stow_as_they_are(ledger: Ledger, results: Path
 
 
 @contextmanager
-def web(answers: list[tuple[int, Any]], tls: Path | None = None) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """A server that gives the `answers` in turn, the last one for ever; its address and the headers it was sent."""
+def web(answers: list[tuple[int | None, Any]], tls: Path | None = None) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """A server that gives the `answers` in turn, the last one for ever; its address and the headers it was sent.
+
+    An answer without a status is none: the connection is closed.
+    """
     heard: list[dict[str, str]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -53,6 +56,9 @@ def web(answers: list[tuple[int, Any]], tls: Path | None = None) -> Iterator[tup
             self.rfile.read(int(self.headers["Content-Length"]))
             heard.append(dict(self.headers))
             status, body = answers[min(len(heard), len(answers)) - 1]
+            if status is None:
+                self.close_connection = True
+                return
             content = json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
@@ -102,7 +108,16 @@ def test_http_statuses_that_pass_and_that_last(ledger: Ledger, results: Path, st
 
 
 @pytest.mark.parametrize(
-    ("code", "reason", "state"), [(409, 0x0122, "refused"), (202, 0xA700, "waiting"), (409, 0x0110, "waiting")]
+    ("code", "reason", "state"),
+    [
+        (409, 0x0122, "refused"),
+        (202, 0xA700, "waiting"),
+        (409, 0x0110, "waiting"),
+        (409, 0x0111, "done"),
+        (202, 0x0111, "done"),
+        (409, 45070, "done"),
+        (409, 45071, "waiting"),
+    ],
 )
 def test_failure_reason_of_the_object_decides(
     ledger: Ledger, results: Path, code: int, reason: int, state: str
@@ -113,6 +128,20 @@ def test_failure_reason_of_the_object_decides(
     assert states(ledger) == [state]
     with ledger() as session:
         assert f"0x{reason:04X}" in session.scalars(select(Delivery.reason)).one()
+
+
+def test_repeat_after_a_lost_answer_is_delivered_where_duplicates_are_rejected(ledger: Ledger, results: Path) -> None:
+    """An archive that keeps each instance, and whose first answer never arrives."""
+    (uid,) = owe(ledger, results, "pacs")
+    with web([(None, {}), (409, failed(uid, 0x0111))]) as (url, heard):
+        outbox(ledger, results, peer(url)).work_off()
+        assert states(ledger) == ["waiting"]
+        wait_for(
+            lambda: not outbox(ledger, results, peer(url)).work_off() and states(ledger) == ["done"], 10, "a repeat"
+        )
+    assert len(heard) == 2
+    with ledger() as session:
+        assert "stored with warning 0x0111" in session.scalars(select(Delivery.reason)).one()
 
 
 def test_service_that_ails_gets_it_later(ledger: Ledger, results: Path) -> None:
