@@ -97,6 +97,19 @@ def ask(ledger: Ledger, name: str, peer: Peer, calling_ae: str, stopping: thread
             _give_up(ledger, uid, reason, required=required)
 
 
+def ask_no_more(ledger: Ledger, name: str) -> None:
+    """End what still waits for the commitment of a peer that is not asked for any by the settings of today."""
+    waits = (Delivery.peer == name, Delivery.state == "waiting", Delivery.stored_at.is_not(None))
+    with ledger.read() as session:
+        if session.scalar(select(Delivery.id).where(*waits).limit(1)) is None:
+            return
+    with ledger() as session:
+        for row in session.scalars(select(Delivery).where(*waits)):
+            row.state, row.finished_at = "done", time.time()
+            row.reason = f"{row.object.kind} delivered; its confirmation by {name} is no longer asked for"
+            ledger.tell_of(session, row, row.reason)
+
+
 def services(ledger: Ledger, settings: Settings) -> tuple[list[PresentationContext], list[tuple[Any, ...]]]:
     """Presentation contexts and handlers by which the listener takes in reports that come later."""
     if not reporters(settings):

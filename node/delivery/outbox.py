@@ -87,13 +87,20 @@ class Outbox:
             if line is None:
                 return
             try:
+                if not self._confirms:
+                    commitment.ask_no_more(self.ledger, self.name)
                 while not self.stopping.is_set() and (batch := self.due()):
                     self._send(batch, line)
-                if self.peer is not None and self.peer.commitment != "off":
+                if self.peer is not None and self._confirms:
                     commitment.ask(self.ledger, self.name, self.peer, self.calling_ae, self.stopping)
             except PeerError as error:
                 log.warning("peer does not answer, will be tried again", peer=self.name, because=str(error))
                 line.silent(str(error))
+
+    @property
+    def _confirms(self) -> bool:
+        """Whether the peer is asked to commit to what it took."""
+        return self.peer is not None and self.peer.commitment != "off"
 
     def due(self) -> list[Parcel]:
         """What can be sent now: urgent studies first, then those without failures, each in its order."""
@@ -216,8 +223,7 @@ class Outbox:
                     raise
                 return False
             outcome = f"{parcel.kind} delivered to {self.name}" + (f" ({warning})" if warning else "")
-            confirms = self.peer is not None and self.peer.commitment != "off"
-            self._end(lease, parcel, "waiting" if confirms else "done", outcome)
+            self._end(lease, parcel, "waiting" if self._confirms else "done", outcome)
             return True
 
     def _refuse(self, parcel: Parcel, reason: str) -> None:

@@ -18,7 +18,7 @@ from node import reception
 from node.config import Peer, Settings
 from node.delivery import commitment
 from node.delivery.outbox import Outbox
-from node.ledger import Commitment, Delivery, Ledger
+from node.ledger import Commitment, Delivery, Event, Ledger
 from node.tasks import Node
 
 pytestmark = [
@@ -179,6 +179,27 @@ def test_request_that_does_not_reach_the_peer_is_none(ledger: Ledger, results: P
     with ledger() as session:
         assert session.scalars(select(Delivery.asks)).one() == 0
         assert session.scalars(select(Commitment)).all() == []
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_commitment_that_was_turned_off_leaves_nothing_owed(
+    ledger: Ledger, results: Path, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    monkeypatch.setattr(commitment, "WAIT_S", 0.0)
+    monkeypatch.setattr(commitment, "ASK_AGAIN_S", (60.0, 60.0))
+    owe(ledger, results, "pacs", classes=TWO)
+    with bad_pacs() as pacs:
+        outbox(ledger, results, pacs.peer(commitment="required")).work_off()
+    assert states(ledger) == ["stored"] * 2
+    due_now(ledger)
+    assert ledger.peers_owed() == ["pacs"]
+    outbox(ledger, results, None if left else pacs.peer()).work_off()
+    assert states(ledger) == ["done"] * 2
+    with ledger() as session:
+        assert all(one.finished_at for one in session.scalars(select(Delivery)))
+        told = session.scalars(select(Event.text).order_by(Event.id)).all()
+    assert told[-1] == "object-1 delivered; its confirmation by pacs is no longer asked for"
+    assert ledger.peers_owed() == []
 
 
 def test_worker_that_is_stopped_leaves_the_asking_to_the_next(ledger: Ledger, results: Path) -> None:
