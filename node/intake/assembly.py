@@ -94,7 +94,8 @@ class Assembly:
         (study UID, series UID) → the instances already kept of the series, for series closed before.
     lacking
         (study UID, series UID) → whether the series was last closed as incomplete. Then also an instance that is here
-        already opens it: its sender may be sending again what broke off, and this time come to the end.
+        already opens it: its sender may be sending again what broke off, and this time come to the end. Asked once a
+        series and association; where it raises the series is opened, which does no harm.
     count
         (calling AE title, study UID, series UID, tell) → whether the sender is being asked how many instances the
         series has; `tell` then gets the number, or None, from any thread.
@@ -133,6 +134,8 @@ class Assembly:
         self._silent: dict[AssociationId, float] = {}
         #: SOP instance UIDs that were refused and have not come since; outlives the closing of their series.
         self._lacking: dict[_Key, set[str]] = {}
+        #: Series that each association sends again though they are complete.
+        self._in_vain: dict[AssociationId, set[_Key]] = {}
         self._lock = threading.RLock()
         self._ticking = threading.Lock()
         #: Held while the end of a series is noted, so that the last note is the true one; taken before `_lock`.
@@ -149,9 +152,17 @@ class Assembly:
         with self._lock:
             self._sending[association] = key
             self._silent.pop(association, None)
+            in_vain = self._in_vain.get(association, set())
+            known = stored.outcome != "new" and key not in self._open
+            if known and key in in_vain:
+                return
+        # Outside the lock, so that a slow ledger does not hold up other associations.
+        complete = known and not self._lacks(key)
+        with self._lock:
             series = self._open.get(key)
             if series is None:
-                if stored.outcome != "new" and not self._closed_lacking(*key):
+                if complete:
+                    self._in_vain[association] = in_vain | {key}
                     return
                 series = self._begin(key, header)
                 series.sender = association  # the spool, which recalls it, holds this instance too
@@ -184,6 +195,7 @@ class Assembly:
         with self._lock:
             self._sending.pop(association, None)
             self._silent.pop(association, None)
+            self._in_vain.pop(association, None)
             for series in self._open.values():
                 if association in series.associations:
                     series.end(association, ending, self._clock())
@@ -233,6 +245,15 @@ class Assembly:
     def open_series(self) -> int:
         """Series that are open now."""
         return len(self._open)
+
+    def _lacks(self, key: _Key) -> bool:
+        """Whether a series was last closed as incomplete, as far as that can be learnt."""
+        try:
+            return self._closed_lacking(*key)
+        except Exception as error:
+            # The instance at hand is kept, and its sender is to be told so.
+            log.warning("it cannot be learnt whether the series was complete", series=key[1], error=plainly(error))
+            return True
 
     def _begin(self, key: _Key, header: InstanceHeader) -> _OpenSeries:
         series = self._open[key] = _OpenSeries(key, self._clock(), refused=self._lacking.get(key, set()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -242,6 +243,38 @@ def test_a_resend_mends_a_series_that_was_closed_as_incomplete(rig: Rig) -> None
     rig.send_all(range(10))
     rig.wait(2 * QUIET)
     assert len(rig.closed) == 2
+
+
+def test_whether_a_series_was_complete_is_asked_once_an_association_and_holds_up_nobody(rig: Rig) -> None:
+    asked = []
+
+    def lacks(study: str, series: str) -> bool:
+        asked.append(series)
+        other = threading.Thread(target=rig.send_all, args=([0],), kwargs={"series": f"{SCOUT}.{len(asked)}"})
+        other.start()
+        other.join(5)
+        assert not other.is_alive()
+        return rig.lacks(study, series)
+
+    rig.assembly = Assembly(rig.take, QUIET, recall=rig.recall, lacking=lacks, grace_s=GRACE, clock=lambda: rig.now)
+    rig.send_all(range(5))
+    rig.wait(GRACE)
+    for _ in range(2):
+        rig.send_all(range(5))
+    assert asked == [CHEST, CHEST]
+    assert rig.assembly.open_series == 2  # the others
+
+
+def test_a_resend_is_taken_though_it_cannot_be_learnt_whether_the_series_was_complete(rig: Rig) -> None:
+    def lacks(_study: str, _series: str) -> bool:
+        raise OSError("the ledger is away")
+
+    rig.assembly = Assembly(rig.take, QUIET, recall=rig.recall, lacking=lacks, grace_s=GRACE, clock=lambda: rig.now)
+    rig.send_all(range(5), "aborted")
+    rig.wait(QUIET)
+    rig.send_all(range(5))
+    rig.wait(QUIET)
+    assert [(count, complete) for count, complete, _ in rig.reasons()] == [(5, False), (5, True)]
 
 
 def test_another_associations_good_end_does_not_mend_an_abort(rig: Rig) -> None:
