@@ -48,6 +48,9 @@ class Tiling:
     step: float = 0.0
     #: Slices at one place: over 1 where a series holds phases or reconstructions one upon the other.
     layers: int = 1
+    #: Slices among the others that are of another acquisition or reconstruction, and too few to be judged: those that
+    #: watch for the arrival of contrast, say.
+    strays: int = 0
 
     @property
     def extent_mm(self) -> float:
@@ -59,7 +62,7 @@ def tile(headers: Iterable[InstanceHeader]) -> Tiling:
     """Judge the slices of one series.
 
     Slices of several orientations are judged stack by stack; a gap in any stack is a gap. Stacks of fewer than
-    `FEWEST` slices, such as a pair of localizers, tell nothing.
+    `FEWEST` slices, such as a pair of localizers, tell nothing, nor do so few of another acquisition among the others.
     """
     stacks = _stacks(headers)
     judged = sorted((_judge(stack) for stack in stacks if len(stack) >= FEWEST), key=lambda t: -t.extent_mm)
@@ -86,8 +89,8 @@ def acquisitions(headers: Sequence[InstanceHeader]) -> list[Acquisition]:
     """The acquisitions of one series, in the order in which they were made.
 
     Those whose slices lie in the same part of the body are several (phases, breathing states, a scan made again); those
-    that lie end to end are one, made in steps or in several passes of the table. Stacks of fewer than `FEWEST` slices
-    are left out. Where nothing tells slices at one place apart, they stay together.
+    that lie end to end are one, made in steps or in several passes of the table. Stacks and acquisitions of fewer than
+    `FEWEST` slices are left out. Where nothing tells slices at one place apart, they stay together.
     """
     number = {id(header): n for n, header in enumerate(headers)}
     stacks = [stack for stack in _stacks(headers) if len(stack) >= FEWEST]
@@ -96,11 +99,11 @@ def acquisitions(headers: Sequence[InstanceHeader]) -> list[Acquisition]:
             part.name,
             tuple(
                 (one.name, tuple(sorted({number[id(slice_.header)] for slice_ in one.slices})))
-                for one in _reconstructions(part.slices)
+                for one in _enough(_reconstructions(part.slices))
             ),
         )
         for n, stack in enumerate(stacks, 1)
-        for part in _acquired(stack, f"orientation {n} of {len(stacks)}" if len(stacks) > 1 else "")
+        for part in _enough(_acquired(stack, f"orientation {n} of {len(stacks)}" if len(stacks) > 1 else ""))
     ]
 
 
@@ -165,12 +168,17 @@ def _stacks(headers: Iterable[InstanceHeader]) -> list[list[_Slice]]:
 
 
 def _judge(stack: list[_Slice]) -> Tiling:
-    split = [one for part in _acquired(stack) for one in _reconstructions(part.slices)]
-    if len(split) > 1:
-        # Stacks one upon the other: a slice that one lacks is hidden by the other's, so each is judged alone.
-        worst = min((_lie(one.slices) for one in split), key=lambda t: (t.kind != "gap", -t.extent_mm))
-        return replace(worst, layers=max(_lie(stack).layers, 2))
-    return _lie(stack)
+    split = _enough(one for part in _acquired(stack) for one in _reconstructions(part.slices))
+    judged = [one for part in split for one in part.slices]
+    # Stacks one upon the other: a slice that one lacks is hidden by the other's, so each is judged alone.
+    worst = min((_lie(one.slices) for one in split), key=lambda t: (t.kind != "gap", -t.extent_mm))
+    layers = max(_lie(judged).layers, 2) if len(split) > 1 else worst.layers
+    return replace(worst, layers=layers, strays=len(stack) - len(judged))
+
+
+def _enough(parts: Iterable[_Part]) -> list[_Part]:
+    """The parts without those of too few slices."""
+    return [part for part in parts if len(part.slices) >= FEWEST]
 
 
 def _lie(stack: list[_Slice]) -> Tiling:
@@ -259,13 +267,19 @@ def _is_one(stack: list[_Slice]) -> bool:
 
 
 def _split_by(part: _Part, name: str, value: Callable[[InstanceHeader], object]) -> list[_Part]:
-    """The part as stacks that differ in a value and lie in the same part of the body."""
+    """The part as stacks that differ in a value and lie in the same part of the body.
+
+    Fewer slices than make a stack are parts of their own where the others are whole without them.
+    """
     by_value: dict[object, list[_Slice]] = defaultdict(list)
     for one in part.slices:
         by_value[value(one.header)].append(one)
-    few = any(len(slices) < FEWEST for slices in by_value.values())
-    if len(by_value) == 1 or few or not _overlap(*by_value.values()):
+    few = [by_value.pop(found) for found in list(by_value) if len(by_value[found]) < FEWEST]
+    if few and not _are_strays(few, list(by_value.values()), part.slices):
         return [part]
+    strays = [_Part(part.name, slices) for slices in few]
+    if len(by_value) == 1 or not _overlap(*by_value.values()):
+        return [_Part(part.name, [one for one in part.slices if value(one.header) in by_value]), *strays]
     numbers = all(isinstance(found, int | float) for found in by_value)
     pieces: list[tuple[list[object], list[_Slice]]] = []
     for found in sorted(by_value) if numbers else by_value:  # type: ignore[type-var]
@@ -281,7 +295,16 @@ def _split_by(part: _Part, name: str, value: Callable[[InstanceHeader], object])
         if not numbers:
             words = f"{name} {n} of {len(pieces)}"
         made.append(_Part(", ".join(filter(None, (part.name, words))), slices))
-    return made
+    return [*made, *strays]
+
+
+def _are_strays(few: list[list[_Slice]], others: list[list[_Slice]], stack: list[_Slice]) -> bool:
+    """Whether the few slices of some values lie among the others of a stack, and disturb it.
+
+    They do not where they fill a place that the others leave, or where another acquisition may just begin.
+    """
+    among = all(any(_overlap(slices, other) for other in others) for slices in few)
+    return among and not _is_one(stack) and all(_lie(other).kind == "even" for other in others)
 
 
 def _overlap(*stacks: list[_Slice]) -> bool:

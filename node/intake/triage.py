@@ -108,7 +108,9 @@ def triage(series: ClosedSeries) -> list[Verdict]:
         verdicts = [verdict for one in acquisitions(series.instances) for verdict in _acquisition(series, one)]
         if any(verdict.analyse for verdict in verdicts):
             return verdicts
-        return [Verdict(False, f"not analysed: {refusal}", tell=_is_expected(series.instances))]
+        # What is said of the series as a whole may be true of its stray slices alone.
+        reason = verdicts[0].reason if tiling.strays and len(verdicts) == 1 else f"not analysed: {refusal}"
+        return [Verdict(False, reason, tell=_is_expected(series.instances))]
     return [Verdict(True, _described(series, tiling))]
 
 
@@ -252,6 +254,8 @@ def _stack(headers: Sequence[InstanceHeader], tiling: Tiling) -> Iterator[str]:
         yield f"slices are {tiling.step:.1f} mm apart; at most {MAX_SLICE_MM:g} mm can be analysed"
     if tiling.extent_mm < MIN_COVERAGE_MM:
         yield f"slices cover {tiling.extent_mm:.0f} mm; whole lungs need at least {MIN_COVERAGE_MM:g} mm"
+    if tiling.strays:
+        yield f"{tiling.strays} slices of another acquisition among the others"
 
 
 #: SOP classes that sit beside CT series in a study, in the words of those who read the verdict.

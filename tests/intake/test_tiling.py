@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from made_instances import AXIAL, header
 
@@ -119,6 +119,62 @@ def test_acquisitions_that_lie_end_to_end_are_one(stack: list[InstanceHeader], d
     (one,) = acquisitions(told)
     assert (one.name, one.reconstructions) == ("", (("", tuple(range(len(stack)))),))
     assert tile(told) == tile(stack)
+
+
+@st.composite
+def strays(draw: st.DrawFn, stack: list[InstanceHeader]) -> tuple[list[InstanceHeader], list[InstanceHeader]]:
+    """A stack, in order, and one or two slices that lie between its first two, and are told from it by one value."""
+    direction = cast(Vector, normal(stack[0]))
+    ordered = sorted(stack, key=lambda h: float(np.dot(direction, h.positions[0])))
+    told_by = draw(st.sampled_from(["acquisition_number", "temporal_position", "acquired_at", "slice_thickness"]))
+    first, second = (np.array(one.positions[0]) for one in ordered[:2])
+    few = [
+        replace(
+            ordered[0],
+            sop_instance_uid=f"1.9.{n}",
+            positions=(tuple(first + draw(st.floats(0.1, 0.9)) * (second - first)),),
+            **{told_by: 10.0},
+        )
+        for n in range(draw(st.integers(1, 2)))
+    ]
+    return [
+        replace(one, **{told_by: 20.0 + 0.1 * n * (told_by == "acquired_at")}) for n, one in enumerate(ordered)
+    ], few
+
+
+@given(stacks().flatmap(strays), st.data())
+def test_a_slice_or_two_of_another_acquisition_make_no_gap_and_hide_none(
+    made: tuple[list[InstanceHeader], list[InstanceHeader]], data: st.DataObject
+) -> None:
+    stack, few = made
+    headers = data.draw(st.permutations(stack + few))
+    assert tile(headers) == replace(tile(stack), strays=len(few))
+    (one,) = acquisitions(headers)
+    ((_, numbers),) = one.reconstructions
+    assert (one.name, {headers[n].sop_instance_uid for n in numbers}) == ("", {h.sop_instance_uid for h in stack})
+    missing = data.draw(st.integers(2, len(stack) - 2))
+    assert tile(few + stack[:missing] + stack[missing + 1 :]).kind == "gap"
+
+
+@given(several(), st.integers(1, 2))
+def test_a_slice_or_two_beside_several_acquisitions_change_none_of_them(
+    made: tuple[list[InstanceHeader], list[list[list[str]]]], count: int
+) -> None:
+    headers, _ = made
+    assume(headers[0].acquisition_number is not None)
+    few = [header(n, z=9.3 + n, sop_instance_uid=f"1.9.{n}", acquisition_number=99, kernel="K9") for n in range(count)]
+    assert acquisitions(headers + few) == acquisitions(headers)
+    assert tile(headers + few) == replace(tile(headers), strays=count)
+
+
+def test_a_few_slices_that_fill_a_hole_or_lie_beyond_are_no_strays() -> None:
+    other = [replace(one, acquisition_number=2) for one in map(header, range(10))]
+    within = [*other[:4], header(4, acquisition_number=1), header(5, acquisition_number=1), *other[6:]]
+    assert (tile(within).kind, tile(within).strays) == ("even", 0)
+    beyond = [*other, header(12, acquisition_number=1)]
+    assert (tile(beyond).kind, tile(beyond).strays) == ("gap", 0)
+    alternate = [header(n, acquisition_number=n if n % 2 else 0) for n in range(10)]
+    assert (tile(alternate).kind, tile(alternate).strays) == ("even", 0)
 
 
 def test_acquisitions_have_names_of_their_own_whatever_their_numbers() -> None:

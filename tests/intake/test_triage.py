@@ -220,6 +220,17 @@ def test_a_localizer_in_the_series_is_left_out() -> None:
     assert (verdict.part, verdict.acquisition) == (tuple(range(1, 151)), "")
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_slices_that_watch_for_the_contrast_are_left_out(number: int) -> None:
+    watched = [header(200 + n, z=100.4, slice_thickness=10.0, acquisition_number=number) for n in range(2)]
+    scan = chest(300, 1.0, acquisition_number=2)
+    (verdict,) = triage(closed(watched + scan))
+    assert (verdict.analyse, verdict.part, verdict.acquisition) == (True, tuple(range(2, 302)), "")
+    assert verdict.reason == "axial chest CT, 300 slices every 1.0 mm over 300 mm"
+    assert verdict.note == "Analysed are 300 images of the series: those of an axial chest CT."
+    assert said(watched + scan[:130]) == "slices cover 130 mm; whole lungs need at least 150 mm"
+
+
 def test_an_acquisition_with_a_gap_is_told_of_beside_one_that_is_analysed() -> None:
     inspiration, expiration = chest(acquisition_number=1), chest(acquisition_number=2)
     numbered = [replace(one, instance_number=n) for n, one in enumerate([*inspiration, *expiration])]
