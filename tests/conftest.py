@@ -22,9 +22,11 @@ import hypothesis
 import pytest
 
 from node import ledger as ledger_module
+from node import status
 from node.delivery import outbox as outbox_module
 from node.delivery import peer as peer_module
 from node.ledger import Ledger
+from node.tasks import LEDGER
 
 # A machine that is busy with other work is no reason to fail.
 hypothesis.settings.register_profile("lungnode", deadline=None)
@@ -254,6 +256,11 @@ class RunningNode:
             text=True,
             timeout=120,
         )
+
+    def states(self) -> list[str]:
+        """Where each series stands, from the ledger: for those who wait, as the command takes seconds of a core."""
+        ledger = Ledger(f"sqlite:///{self.settings_file.parent / 'var' / LEDGER}")
+        return [status.state(series) for series in status.all_series(ledger)]
 
     def status(self) -> list[dict[str, Any]]:
         """What `lungnode status --json` prints."""

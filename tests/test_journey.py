@@ -25,6 +25,9 @@ pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 
 KINDS = ["infection-seg", "lung-seg", "sr", "capture"]
 
+#: Of the phantoms: slices, rows, columns.
+SHAPE = (60, 128, 128)
+
 
 def settings(orthanc: Orthanc) -> dict[str, Any]:
     peers = {
@@ -54,7 +57,7 @@ def storescu(folder: Path, node: RunningNode, *options: str) -> None:
 
 def wait_until_finished(node: RunningNode, series: int = 1, seconds: float = 300) -> list[dict[str, Any]]:
     def finished() -> bool:
-        states = [one["state"] for one in node.status()]
+        states = node.states()
         assert "failed" not in states, node.log.read_text()
         return len(states) >= series and not set(states) & {"waiting", "running", "delivering"}
 
@@ -131,7 +134,7 @@ def test_covid_case_from_storescu_to_orthanc(
 def test_two_acquisitions_reach_orthanc_and_the_terminal_tells(
     node: RunningNode, orthanc: Orthanc, tmp_path: Path
 ) -> None:
-    ct = [write_series(phantom(3, severity=2), tmp_path / "ct", 3, acquisition) for acquisition in (1, 2)]
+    ct = [write_series(phantom(3, severity=2, shape=SHAPE), tmp_path / "ct", 3, acquisition) for acquisition in (1, 2)]
     storescu(tmp_path / "ct", node)
     wait_until_finished(node)
     objects = fetch(orthanc, dcmread(ct[0][0]).StudyInstanceUID)
@@ -155,9 +158,10 @@ def test_two_acquisitions_reach_orthanc_and_the_terminal_tells(
 def test_dead_pacs_owes_and_retry_delivers(tmp_path: Path, orthanc: Orthanc) -> None:
     wrong = settings(orthanc)
     alive, wrong["peers"]["pacs"]["port"] = wrong["peers"]["pacs"]["port"], 1
-    write_series(phantom(3, severity=2), tmp_path / "ct", 3)
+    write_series(phantom(3, severity=2, shape=SHAPE), tmp_path / "ct", 3)
     with running_node(tmp_path / "node", wrong) as node:
         storescu(tmp_path / "ct", node)
+        wait_for(lambda: node.states() == ["delivering"], 120, "the objects to be owed")
         wait_for(lambda: "no connection to ORTHANC" in node.command("status", "1").stdout, 120, "the refusal")
         assert node.status()[0]["state"] == "delivering"
         assert node.command("echo", "pacs").returncode == 1
@@ -171,7 +175,7 @@ def test_dead_pacs_owes_and_retry_delivers(tmp_path: Path, orthanc: Orthanc) -> 
 def test_series_that_cannot_be_analysed_is_told_in_its_study(
     node: RunningNode, orthanc: Orthanc, tmp_path: Path
 ) -> None:
-    paths = write_series(phantom(3, severity=0), tmp_path / "ct", 3)
+    paths = write_series(phantom(3, severity=0, shape=SHAPE), tmp_path / "ct", 3)
     paths[len(paths) // 2].unlink()
     storescu(tmp_path / "ct", node)
     (series,) = wait_until_finished(node)
