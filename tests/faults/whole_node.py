@@ -184,7 +184,8 @@ class WholeNode:
             with suppress(PeerError), association(peer, "SCANNER", contexts_for(items)) as made:
                 while left:
                     store(made, left[0])
-                    self.acknowledged[left[0].sop_instance_uid] = left.pop(0).path
+                    item = left.pop(0)
+                    self.acknowledged[item.sop_instance_uid] = item.path
                 made.release()
                 released = made.is_released
             if not released:
