@@ -2,7 +2,7 @@
 
 The loop is MONAI's `SupervisedTrainer`. Steps are given, or minutes where the machine is not known: the learning rate
 falls along a cosine over them. An exponential moving average of the weights is what is kept. A run that was stopped
-goes on from its checkpoint. The loss goes to `curve.jsonl`, one object a line.
+goes on from its checkpoint. The loss goes to `curve.jsonl`, one object a line, and to TensorBoard where there is one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from ignite.engine import Events
 from monai.engines.trainer import SupervisedTrainer
 from monai.engines.utils import IterationEvents
+from monai.handlers.tensorboard_handlers import TensorBoardStatsHandler
 from monai.inferers.inferer import SimpleInferer
 from monai.losses.dice import DiceCELoss
 from monai.utils.enums import CommonKeys
@@ -210,6 +212,13 @@ def fit(
         optim_set_to_none=True,
     )
     trainer.logger.setLevel(logging.WARNING)
+    if find_spec("tensorboard"):
+
+        def tell(engine: Any, writer: Any) -> None:
+            writer.add_scalar("loss", engine.state.output[CommonKeys.LOSS].item(), run.step + 1)
+
+        events = TensorBoardStatsHandler(log_dir=str(out / "tensorboard"), iteration_event_writer=tell, epoch_log=False)
+        events.attach(trainer)
 
     def done() -> float:
         return run.step / steps if steps is not None else run.spent / (60 * (minutes or 0) + 1e-9)
