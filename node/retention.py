@@ -31,9 +31,9 @@ _FINAL = frozenset(("done", "confirmed", "refused", "superseded"))
 def pressure(settings: Settings) -> str | None:
     """A warning when the disk fills up, well before the listener has to refuse; None while all is well."""
     free_mb = shutil.disk_usage(settings.data).free >> 20
-    if free_mb >= settings.retention.warn_free_mb:
-        return None
     floor = settings.listener.disk_floor_mb
+    if free_mb >= max(settings.retention.warn_free_mb, floor):
+        return None
     then = "C-STORE is refused" if free_mb < floor else f"below {floor} MB C-STORE is refused"
     return f"{free_mb} MB of disk are free; {then}. Free space, or lower retention.days"
 

@@ -135,3 +135,7 @@ def test_disk_is_said_to_fill_up_before_the_listener_refuses(here: Node) -> None
     assert "below 1024 MB C-STORE is refused" in warning
     wanted = wanted.model_copy(update={"warn_free_mb": 0})
     assert retention.pressure(here.settings.model_copy(update={"retention": wanted})) is None
+    listener = here.settings.listener.model_copy(update={"disk_floor_mb": 1 << 40})
+    warning = retention.pressure(here.settings.model_copy(update={"retention": wanted, "listener": listener}))
+    assert warning is not None
+    assert "C-STORE is refused. Free space" in warning
