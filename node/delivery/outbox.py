@@ -18,7 +18,7 @@ from typing import Protocol
 
 import structlog
 from pydicom.errors import InvalidDicomError
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from node.config import Peer
 from node.delivery import commitment, fallback
@@ -106,30 +106,42 @@ class Outbox:
         """What can be sent now: urgent studies first, then those without failures, each in its order."""
         now, held, troubled = time.time(), set[str](), set[str]()
         found: list[tuple[bool, Parcel]] = []
+        outdated = False
+        owed = (Delivery.peer == self.name, Delivery.state.in_(("waiting", "running")), Delivery.stored_at.is_(None))
+        # Columns, not rows: after a long outage tens of thousands are owed, and an analysis' summary is large.
+        made = (Object.kind, Object.path, Object.superseded_by, Analysis.urgent, Series.study_instance_uid)
         query = (
-            select(Delivery, Object, Analysis, Series.study_instance_uid, free(Delivery, now))
+            select(Delivery.id, Delivery.attempts, *made, free(Delivery, now))
             .join(Delivery.object)
             .join(Object.analysis)
             .join(Analysis.series)
-            .where(Delivery.peer == self.name, Delivery.state.in_(("waiting", "running")), Delivery.stored_at.is_(None))
+            .where(*owed)
             .order_by(Analysis.urgent.desc(), Delivery.id)
         )
-        with self.ledger() as session:
-            for delivery, made, analysis, study_uid, is_free in session.execute(query):
-                if made.superseded_by is not None and is_free:
-                    delivery.state, delivery.finished_at = "superseded", now
+        with self.ledger.read() as session:
+            rows = session.execute(query, execution_options={"yield_per": BATCH})
+            for row, attempts, kind, path, superseded_by, urgent, study_uid, is_free in rows:
+                if superseded_by is not None and is_free:
+                    outdated = True
                 elif study_uid not in held and is_free:
-                    path = self.results / made.path
-                    parcel = Parcel(delivery.id, made.kind, study_uid, path)
-                    found.append((not analysis.urgent, parcel))
-                    if delivery.attempts:
+                    found.append((not urgent, Parcel(row, kind, study_uid, self.results / path)))
+                    if attempts:
                         troubled.add(study_uid)
-                elif delivery.attempts < ORDERED_ATTEMPTS:
+                elif attempts < ORDERED_ATTEMPTS:
                     held.add(study_uid)
                 if len(found) == BATCH:
                     break
+        if outdated:
+            self._end_superseded(now)
         # A study on which the peer failed goes last: it may be what makes it fail.
         return [one for _, one in sorted(found, key=lambda pair: (pair[1].study_uid in troubled, pair[0]))]
+
+    def _end_superseded(self, now: float) -> None:
+        """Objects in whose place those of a newer generation stand are owed no more."""
+        superseded = Delivery.object_id.in_(select(Object.id).where(Object.superseded_by.is_not(None)))
+        mine = (Delivery.peer == self.name, Delivery.stored_at.is_(None), free(Delivery, now), superseded)
+        with self.ledger() as session:
+            session.execute(update(Delivery).where(*mine).values(state="superseded", finished_at=now))
 
     def _read(self, batch: Sequence[Parcel]) -> list[tuple[Parcel, Outgoing]]:
         """The objects of a batch; one whose file is gone or no DICOM is refused here."""

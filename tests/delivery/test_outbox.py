@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ from conftest import free_port, wait_for
 from owed import outbox, owe, states
 from pacs import BadPacs, bad_pacs
 from pydicom.uid import Comprehensive3DSRStorage, CTImageStorage, SegmentationStorage
-from sqlalchemy import select, update
+from sqlalchemy import insert, select, update
 
 from node import ledger as ledger_module
 from node.config import Peer
 from node.delivery import outbox as outbox_module
 from node.delivery.outbox import ORDERED_ATTEMPTS
-from node.ledger import Delivery, Event, Ledger
+from node.ledger import Analysis, Delivery, Event, Ledger, Object, Series
 
 #: pynetdicom drops the sockets of connections that failed without closing them; Python closes them, and warns.
 pytestmark = [
@@ -236,6 +237,37 @@ def test_worker_that_is_stopped_leaves_the_rest_to_the_next(ledger: Ledger, resu
         assert states(ledger) == ["done", "waiting", "waiting"]
         box.work_off()
     assert states(ledger) == ["done"] * 3
+
+
+def test_long_outage_makes_no_read_of_all_that_is_owed_and_holds_up_no_writer(ledger: Ledger, results: Path) -> None:
+    series = {
+        "calling_ae": "CT",
+        "instances": [],
+        "complete": True,
+        "closed_because": "",
+        "verdict": "",
+        "generation": 1,
+    }
+    ids, count = range(1, 301), 4
+    with ledger() as session:
+        named = [{"id": n, "series_instance_uid": f"1.2.{n}", "study_instance_uid": f"1.1.{n}"} for n in ids]
+        session.execute(insert(Series), [one | series | {"content": "", "closed_at": 1.0} for one in named])
+        done = {"route": "r", "destinations": {}, "state": "done", "summary": {"lesions": ["x" * 40] * 500}}
+        session.execute(insert(Analysis), [{"id": n, "series_id": n, **done} for n in ids])
+        kind = {"kind": "sr", "sop_class_uid": "1", "series_instance_uid": "1", "path": "x"}
+        objects = [{"analysis_id": n, "sop_instance_uid": f"1.3.{n}.{m}", **kind} for n in ids for m in range(count)]
+        session.execute(insert(Object), objects)
+        session.execute(insert(Delivery), [{"object_id": n + 1, "peer": "pacs"} for n in range(len(objects))])
+    box = outbox(ledger, results, None)
+    with ledger() as writing:
+        writing.execute(update(Delivery).values(reason="another process writes"))
+        box.due()
+        tracemalloc.start()
+        found = box.due()
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert [one.row for one in found] == list(range(1, outbox_module.BATCH + 1))
+    assert most < 2 << 20
 
 
 def _worked_off(ledger: Ledger, results: Path, peer: Peer) -> bool:
