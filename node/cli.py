@@ -84,7 +84,7 @@ def listen(config: Config = None) -> None:
     """Receive series by C-STORE until stopped."""
     from node import reception, tasks
     from node.broker import BrokerError, broker
-    from node.processes import stop_signal
+    from node.processes import settle, stop_signal
     from node.telemetry import logs
 
     settings = _settings(config)
@@ -97,6 +97,7 @@ def listen(config: Config = None) -> None:
             sweeper.start()
             listener = reception.intake(here)
             listener.start()
+            settle()
             stop.event.wait()
             listener.stop()
             sweeper.stop()

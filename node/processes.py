@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import subprocess
@@ -42,6 +43,16 @@ def dies_with_parent() -> None:
     """
     if hasattr(_libc, "prctl"):
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def settle() -> None:
+    """Have the garbage collector leave alone what has been loaded so far.
+
+    It goes through everything when a quarter has been added to what was there. Beside all that imports leave, that takes
+    hundreds of series, and their associations, which pynetdicom ties in cycles, would hold their buffers meanwhile.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class StopSignal:

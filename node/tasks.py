@@ -35,6 +35,7 @@ from node.config import Settings, load
 from node.delivery import superseding
 from node.delivery.outbox import Outbox
 from node.ledger import Analysis, Delivery, Ledger, Object, Series, State
+from node.processes import settle
 from node.profile import FALLBACK, Profile
 from node.telemetry import logs
 
@@ -427,6 +428,11 @@ def _child_opens_its_own(**_: Any) -> None:
     node.cache_clear()
     # Torch's threads spin between operations unless told otherwise, and take the other worker's core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@signals.worker_ready.connect  # type: ignore[untyped-decorator]
+def _has_loaded(**_: Any) -> None:
+    settle()
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
