@@ -584,7 +584,8 @@ class LineLease(Lease):
                 return
             now = time.time()
             waiting = (Delivery.peer == line.peer, Delivery.state == "waiting", Delivery.attempts == 0)
-            session.execute(update(Delivery).where(*waiting).values(reason=reason))
+            # Of tens of thousands that wait for it, those that are new.
+            session.execute(update(Delivery).where(*waiting, Delivery.reason != reason).values(reason=reason))
             if line.silent_since is None:
                 line.silent_since = now
                 self._tell_waiting(session, line, f"not delivered yet, tried again until {line.peer} answers: {reason}")

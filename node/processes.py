@@ -48,7 +48,7 @@ def dies_with_parent() -> None:
 def settle() -> None:
     """Have the garbage collector leave alone what has been loaded so far.
 
-    It goes through everything when a quarter has been added to what was there. Beside all that imports leave, that takes
+    It goes through everything when a quarter has been added to what was there. Beside all that imports leave that takes
     hundreds of series, and their associations, which pynetdicom ties in cycles, would hold their buffers meanwhile.
     """
     gc.collect()
