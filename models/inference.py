@@ -58,8 +58,8 @@ _LUMEN_MM2 = (30.0, 900.0)
 _WALL_HU = -600.0
 _WALL_SHARE = 0.75
 
-#: The infection network sees the lungs' box and at least so much around it, mm, up to its own strides: it makes more of
-#: where its pixels begin than of anything else, and lungs that end a pixel further out must not move them.
+#: The infection network sees the lungs' box and at least so much around it, mm, up to its own strides: a window that
+#: begins a pixel further out changes a twentieth of what it finds, and lungs that do must not move it.
 _MARGIN_MM = 15.0
 
 #: Neighbours in space that share a face.

@@ -36,13 +36,12 @@ def results_of(ledger: Ledger, spool: Path, analysis: int, models: tuple[ModelId
         first = session.scalars(select(first_of).where(Series.id == mine.series_id)).one()
         done = select(first_of, Analysis).join(Analysis.series).where(Analysis.state == "done")
         latest_first = done.where(Series.id != mine.series_id).order_by(Analysis.id.desc())
-        candidates = [(name, one, one.summary) for name, one in session.execute(latest_first.limit(LOOKED_AT))]
+        candidates = [(name, one) for name, one in session.execute(latest_first.limit(LOOKED_AT)) if one.summary]
     if (here := _header(spool / first)) is None or (today := _day(here)) is None or not here.get("PatientID"):
         return []
     by_study: dict[str, list[tuple[int, tuple[bool, float], Earlier]]] = {}
-    for name, one, summary in candidates:
-        if not summary:
-            continue
+    for name, one in candidates:
+        summary = one.summary
         made_by = [(model["name"], model["version"]) for model in summary["models"]]
         if made_by != [(model.name, model.version) for model in models]:
             continue

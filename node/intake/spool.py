@@ -199,7 +199,7 @@ class Part:
         same = self._same_as(path)
         self._spool.ensure(path.parent)
         _fsync_folder(path.parent)
-        path.stat()
+        path.stat()  # still here, and not dropped while it was compared
         return Stored(path, "same" if same else "differs")
 
     def _same_as(self, path: Path) -> bool:
