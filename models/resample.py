@@ -175,6 +175,8 @@ def _restore(  # type: ignore[no-untyped-def]
             for i in range(width):
                 if columns[1][i] >= first and columns[0][i] <= last:
                     x0, x1 = min(x0, i), i + 1
+            if x1 == 0:
+                continue  # a grid far coarser than the fields: the lung lies between its pixels
             low, high = columns[0][x0], columns[1][x1 - 1] + 1
             _blend(sides[0, below], sides[0, above], z, a, b, y, low, high, right)
             _blend(sides[1, below], sides[1, above], z, a, b, y, low, high, left)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from models import resample
 from models.resample import restore, shrink
 
 # From two on: torch 2.13 returns the first row only for images of one column.
@@ -52,3 +54,16 @@ def test_restores_as_torch_does(shape: tuple[int, int, int], slab: int, coarse: 
     assert lungs.dtype == np.uint8
     assert probability.dtype == np.float16
     np.testing.assert_allclose(probability, infected * (lungs > 0), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("column", range(40))
+def test_lung_that_lies_between_the_pixels_of_a_coarse_grid_is_left_out(
+    column: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As Python it says so when it reads beyond an array; compiled it goes on with what lies there, or dies.
+    monkeypatch.setattr(resample, "_restore", resample._restore.py_func)
+    sides = np.zeros((2, 2, 4, 40), np.float32)
+    sides[0, :, :, column] = 1
+    lungs, _ = restore(sides, np.ones((2, 4, 40), np.float32), (2, 4, 4), 1)
+    expected = functional.interpolate(torch.from_numpy(sides[0][:, None]), (4, 4), mode="bilinear")[:, 0] > 0.5
+    assert np.array_equal(lungs > 0, expected.numpy())
