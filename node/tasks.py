@@ -34,7 +34,7 @@ from node.analysis.volume import Volume, VolumeError
 from node.config import Settings, load
 from node.delivery import superseding
 from node.delivery.outbox import Outbox
-from node.ledger import Analysis, Delivery, Ledger, Object, Series, State
+from node.ledger import Analysis, Delivery, Lease, Ledger, Object, Series, State
 from node.processes import settle
 from node.profile import FALLBACK, Profile
 from node.telemetry import logs
@@ -160,7 +160,7 @@ def analyse(row: int) -> None:
     here, bells = node(), set[str]()
     row = here.ledger.next_analysis(row)
     with here.ledger.lease("analyse", row) as lease:
-        if lease is None:
+        if lease is None or _gave_way(here, lease):
             return
         work = _begin(here, row)
         made = _make(here, work)
@@ -269,6 +269,18 @@ class _Made:
     reason: str
     objects: list[results.ResultObject]
     summary: dict[str, Any] | None = None
+
+
+def _gave_way(here: Node, lease: Lease) -> bool:
+    """End an analysis in whose place a later generation's stands: one that was under way when that came, and failed."""
+    with here.ledger.read() as session:
+        generation = superseding.overtaken(session, session.get_one(Analysis, lease.row))
+    if generation is None:
+        return False
+    reason = f"superseded by generation {generation}, before it was analysed"
+    with lease.finish("superseded", reason) as session:
+        here.ledger.tell_of(session, session.get_one(Analysis, lease.row), reason)
+    return True
 
 
 def _begin(here: Node, row: int) -> _Work:

@@ -17,6 +17,9 @@ from node.ledger import Analysis, Delivery, Ledger, Object, Series
 #: States of a delivery in which the peer has the object, or may have it.
 _THERE = ("done", "confirmed", "running")
 
+#: States of an analysis that takes nobody's place, or whose place another takes.
+_NOT_THERE = ("failed", "superseded")
+
 
 def drop_waiting(ledger: Ledger, session: Session, newer: Series) -> None:
     """End analyses of earlier generations that nobody has begun, where one of the newer takes their place.
@@ -24,11 +27,24 @@ def drop_waiting(ledger: Ledger, session: Session, newer: Series) -> None:
     What is only told about takes nothing from what is to be analysed.
     """
     for analysis in _earlier(session, newer):
-        heirs = [one for one in _heirs(newer, analysis) if one.not_analysed is None or analysis.not_analysed]
+        heirs = any(_takes_the_place(one, analysis) for one in _heirs(newer, analysis))
         if heirs and analysis.state == "waiting":
             analysis.state, analysis.finished_at = "superseded", time.time()
             analysis.reason = f"superseded by generation {newer.generation}, before it was analysed"
             ledger.tell_of(session, analysis, analysis.reason)
+
+
+def overtaken(session: Session, analysis: Analysis) -> int | None:
+    """The later generation that takes the place of an analysis which was begun before it came, and is to begin anew.
+
+    Its objects would come after those that stand in their place.
+    """
+    later = (Series.series_instance_uid == analysis.series.series_instance_uid,)
+    query = select(Series).where(*later, Series.generation > analysis.series.generation).order_by(Series.generation)
+    for newer in session.scalars(query):
+        if any(_takes_the_place(one, analysis) and one.state not in _NOT_THERE for one in _heirs(newer, analysis)):
+            return newer.generation
+    return None
 
 
 def supersede(ledger: Ledger, session: Session, newer: Analysis) -> None:
@@ -68,6 +84,11 @@ def _heirs(newer: Series, older: Analysis) -> list[Analysis]:
     """Analyses of a newer generation that take the place of an earlier one: all, where none is of its acquisition."""
     mine = [one for one in newer.analyses if one.route == older.route]
     return [one for one in mine if _is_heir(one, older)] or mine
+
+
+def _takes_the_place(newer: Analysis, older: Analysis) -> bool:
+    """Whether an heir is analysed, or is no more than told about as the older one is."""
+    return newer.not_analysed is None or older.not_analysed is not None
 
 
 def _is_heir(newer: Analysis, older: Analysis) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Orthanc, tool
+from conftest import Orthanc, tool, wait_for
 from pacs import CLASSES, bad_pacs
 from pydicom import dcmread
 from pydicom.uid import KeyObjectSelectionDocumentStorage, MultiFrameTrueColorSecondaryCaptureImageStorage
@@ -183,3 +183,30 @@ def test_object_under_way_when_it_was_superseded_is_not_tried_again(
     newer, older = newest_first(here)
     assert {one.state for one in deliveries(older)} == {"superseded"}
     assert sent == [made.sop_instance_uid for made in newer.analyses[0].objects]
+
+
+@pytest.mark.parametrize("later", ["", "failed"])
+def test_analysis_that_failed_while_a_later_generation_came_gives_way_when_it_is_to_be_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: str
+) -> None:
+    here = make_node(tmp_path, monkeypatch)
+    close(here, 30)
+
+    def overtaken(*_: Any) -> Any:
+        close(here, 39)
+        raise OSError("passing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "_make", overtaken)
+        tasks.analyse(1)
+    assert [state(one) for one in newest_first(here)] == ["waiting", "waiting"]
+    tasks.analyse(2)
+    if later:
+        with here.ledger() as session:
+            session.get_one(Series, 2).analyses[0].state = later
+    wait_for(lambda: 1 in here.ledger.analyses_owed(), 5, "the next attempt")
+    tasks.analyse(1)
+    _, older = newest_first(here)
+    assert (state(older), len(deliveries(older))) == (("delivering", 2) if later else ("superseded", 0))
+    if not later:
+        assert older.events[-1].text == "superseded by generation 2, before it was analysed"
