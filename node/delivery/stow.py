@@ -19,8 +19,9 @@ from node.delivery.peer import CONNECT_S, SLOWEST_LINE, TIMEOUT_S, Outgoing, Pee
 _BLOCK = 1 << 20
 
 #: HTTP statuses after which the same object may well be taken: a timeout, a conflict with what the server is doing, too
-#: many requests, a server or a proxy that is not well. 401 and 403 are credentials that an admin is about to mend.
-_PASSES: Final = frozenset((401, 403, 408, 423, 425, 429))
+#: many requests, a server or a proxy that is not well. 401 and 403 are credentials that an admin is about to mend, 404
+#: and 405 an address (no answer to a store, PS3.18 table 10.5.3-1), or a proxy whose service is just being replaced.
+_PASSES: Final = frozenset((401, 403, 404, 405, 408, 423, 425, 429))
 
 #: Failure Reason (0008,1197) of an object that is there already: duplicate SOP instance (PS3.3 C.14.1.1), and the same
 #: in the words of Microsoft's DICOM service (45070 in its conformance statement). Our UIDs are derived, so it is this
@@ -51,7 +52,12 @@ class ByStow:
         self._url = service.url.rstrip("/") + "/studies"
         self._where = httpx.URL(service.url).host
         timeout = httpx.Timeout(TIMEOUT_S, connect=CONNECT_S)
-        self._client = httpx.Client(headers=headers, timeout=timeout, verify=_tls(service))
+        try:
+            self._client = httpx.Client(headers=headers, timeout=timeout, verify=_tls(service))
+        except (OSError, ValueError) as error:
+            # An admin is about to mend it: files that were moved, or credentials that no header can hold.
+            what = f"peers.{name}.stow.ca and certificate, or {credentials_variable(name)}, cannot be used"
+            raise PeerError(f"{what} ({type(error).__name__})", permanent=False, reached=False) from None
 
     def __enter__(self) -> ByStow:
         return self
@@ -114,7 +120,7 @@ def _judge(answer: httpx.Response, item: Outgoing) -> str:
             raise PeerError(f"STOW-RS failed with reason {hexadecimal(reason)}", permanent=not passes)
     passes = code in _PASSES or code >= 500 or 300 <= code < 400
     # A service that lets nobody in, or is not well, is no better with the next object.
-    reached = code not in (401, 403, 429, 502, 503, 504)
+    reached = code not in (401, 403, 404, 405, 429, 502, 503, 504)
     raise PeerError(f"STOW-RS answered HTTP {code}", permanent=not passes, reached=reached)
 
 

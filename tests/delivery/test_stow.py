@@ -21,7 +21,7 @@ from sqlalchemy import select
 
 from node.config import Peer
 from node.delivery.stow import credentials_variable
-from node.ledger import Delivery, Ledger
+from node.ledger import Delivery, Ledger, Line
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -95,6 +95,7 @@ def failed(uid: str, reason: int) -> dict[str, Any]:
         (400, "refused"),
         (415, "refused"),
         (401, "waiting"),
+        (404, "waiting"),
         (429, "waiting"),
         (500, "waiting"),
         (503, "waiting"),
@@ -105,6 +106,22 @@ def test_http_statuses_that_pass_and_that_last(ledger: Ledger, results: Path, st
     with web([(status, {})]) as (url, _):
         outbox(ledger, results, peer(url)).work_off()
     assert states(ledger) == [state]
+
+
+@pytest.mark.parametrize("broken", ["ca", "certificate", "credentials"])
+def test_certificates_and_credentials_that_cannot_be_used_are_said_and_waited_for(
+    ledger: Ledger, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    owe(ledger, results, "pacs")
+    more = {} if broken == "credentials" else {broken: str(tmp_path / "gone.pem")}
+    if broken == "credentials":
+        monkeypatch.setenv(credentials_variable("pacs"), "Basic Schlüssel")
+    outbox(ledger, results, peer("https://127.0.0.1:9/dicom-web", **more)).work_off()
+    with ledger() as session:
+        delivery, line = session.scalars(select(Delivery)).one(), session.scalars(select(Line)).one()
+    assert (delivery.state, delivery.attempts) == ("waiting", 0)
+    assert "peers.pacs.stow.ca and certificate, or LUNGNODE_STOW_PACS, cannot be used" in delivery.reason
+    assert line.silent_since is not None
 
 
 @pytest.mark.parametrize(
