@@ -266,7 +266,7 @@ def _no_association(made: Association, peer: Peer, reached: bool) -> PeerError:
         for_good = getattr(answer, "result", 2) == 1
         how = "rejected the association until its settings change" if for_good else "rejected the association for now"
         return PeerError(f"{where} {how}: {why}", permanent=False, reached=False)
-    if made.rejected_contexts:
+    if made.rejected_contexts and not made.accepted_contexts:
         kinds = ", ".join(sorted({UID(str(c.abstract_syntax)).name for c in made.rejected_contexts}))
         return PeerError(f"{where} does not accept {kinds}", permanent=True)
     what = f"{where} aborted the association, or did not answer in {TIMEOUT_S:.0f} s"

@@ -6,12 +6,14 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import free_port, wait_for
 from owed import outbox, owe, states
 from pacs import BadPacs, bad_pacs
 from pydicom.uid import Comprehensive3DSRStorage, CTImageStorage, SegmentationStorage
+from pynetdicom import AE
 from sqlalchemy import insert, select, update
 
 from node import ledger as ledger_module
@@ -92,6 +94,27 @@ def test_refused_class_is_said_once_and_the_rest_goes(ledger: Ledger, results: P
     assert states(ledger) == ["done", "refused", "done"]
     assert "does not accept Segmentation Storage" in reasons(ledger)[1]
     assert pacs.associations == 1
+
+
+def test_peer_that_breaks_off_when_it_has_refused_a_class_has_refused_no_other(
+    ledger: Ledger, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owe(ledger, results, "pacs", classes=THREE)
+    associate = AE.associate
+
+    def busy(*arguments: Any, **named: Any) -> Any:
+        made = associate(*arguments, **named)
+        pacs.drop_all()
+        wait_for(lambda: not made.is_established, 5, "the end of the association")
+        return made
+
+    with bad_pacs(classes=[CTImageStorage, Comprehensive3DSRStorage]) as pacs:
+        with monkeypatch.context() as patch:
+            patch.setattr(AE, "associate", busy)
+            outbox(ledger, results, pacs.peer()).work_off()
+        assert states(ledger) == ["waiting"] * 3
+        wait_for(lambda: not outbox(ledger, results, pacs.peer()).work_off() and len(pacs.stored) == 2, 10, "the rest")
+    assert states(ledger) == ["done", "refused", "done"]
 
 
 def test_peer_that_takes_no_class_at_all_refuses_each(ledger: Ledger, results: Path) -> None:
