@@ -395,7 +395,10 @@ class Ledger:
 
     def _bury(self, session: Session, work: Work, now: float) -> None:
         table = _TABLE[work]
-        for row in session.scalars(select(table).where(free(table, now), table.attempts >= _ATTEMPTS[work])):
+        dead = [free(table, now), table.attempts >= _ATTEMPTS[work]]
+        if work == "deliver":
+            dead.append(Delivery.stored_at.is_(None))  # what was stored at the last attempt waits for the commitment
+        for row in session.scalars(select(table).where(*dead)):
             self.set_aside(session, row, f"its process died or hung at each of {row.attempts} attempts")
         session.flush()
 
@@ -602,8 +605,9 @@ class LineLease(Lease):
 
     def _tell_waiting(self, session: Session, line: Line, text: str) -> None:
         """An event line for each series of which something waits for this peer."""
+        waits = (Delivery.peer == line.peer, Delivery.state == "waiting", Delivery.stored_at.is_(None))
         series = select(Analysis.series_id).join(Object).join(Delivery)
-        for row in session.scalars(series.where(Delivery.peer == line.peer, Delivery.state == "waiting").distinct()):
+        for row in session.scalars(series.where(*waits).distinct()):
             self._ledger.tell(session, row, "delivery", text)
 
 

@@ -39,8 +39,10 @@ class BadPacs:
     #: Bytes on a connection after which it is closed.
     cut_after: int | None = None
     answer: Answer = "never"
-    #: Status of the answer to N-ACTION.
-    takes_on: int = 0x0000
+    #: Status of the answer to N-ACTION; None for no answer but an A-ABORT.
+    takes_on: int | None = 0x0000
+    #: Whether it rejects associations that propose storage commitment.
+    rejects_commitment: bool = False
     #: Called with the SOP instance UIDs of a request; gives those that failed, with reasons.
     fails: Callable[[list[str]], dict[str, int]] = lambda _uids: {}
     #: Where reports go that come later.
@@ -80,6 +82,12 @@ class BadPacs:
     def _is_cut(self, association: Any) -> bool:
         return self.cut_after is not None and self._bytes.get(association, 0) > self.cut_after
 
+    def handle_requested(self, event: Any) -> None:
+        proposed = {cx.abstract_syntax for cx in event.assoc.requestor.primitive.presentation_context_definition_list}
+        if self.rejects_commitment and StorageCommitmentPushModel in proposed:
+            event.assoc.acse.send_reject(1, 1, 1)
+            event.assoc.kill()
+
     def handle_established(self, _event: Any) -> None:
         self.associations += 1
 
@@ -87,6 +95,9 @@ class BadPacs:
         request = event.action_information
         uids = [str(item.ReferencedSOPInstanceUID) for item in request.ReferencedSOPSequence]
         self.requests.append((str(request.TransactionUID), uids))
+        if self.takes_on is None:
+            event.assoc.abort()
+            return 0x0110, None
         if self.takes_on == 0x0000 and self.answer != "never":
             threading.Timer(0.2, self.report, (request, event.assoc if self.answer == "same" else None)).start()
         return self.takes_on, None
@@ -138,6 +149,7 @@ def bad_pacs(
     handlers = [
         (evt.EVT_C_STORE, pacs.handle_store),
         (evt.EVT_DATA_RECV, pacs.handle_data),
+        (evt.EVT_REQUESTED, pacs.handle_requested),
         (evt.EVT_ESTABLISHED, pacs.handle_established),
         (evt.EVT_N_ACTION, pacs.handle_action),
     ]

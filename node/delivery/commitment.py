@@ -23,7 +23,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from node.config import Peer, Settings
-from node.delivery.peer import PeerError, answering_association, hexadecimal, status_of
+from node.delivery.peer import NobodyThereError, PeerError, answering_association, hexadecimal, status_of
 from node.ledger import Commitment, Delivery, Ledger, Object, backoff_s, free
 from node.telemetry.logs import plainly
 
@@ -58,9 +58,11 @@ _CLASS_NOT_SUPPORTED: Final = 0x0122
 def ask(ledger: Ledger, name: str, peer: Peer, calling_ae: str, stopping: threading.Event) -> None:
     """Ask for all commitments of a peer that are due, until `stopping` is set; the caller has the line to it.
 
+    A peer that rejects the request in whatever way may well take objects: it is asked again later, and nothing waits.
+
     Raises
     ------
-    PeerError
+    NobodyThereError
         The peer was not reached. It will be asked again.
     """
     required = peer.commitment == "required"
@@ -76,22 +78,23 @@ def ask(ledger: Ledger, name: str, peer: Peer, calling_ae: str, stopping: thread
             return status, None
 
         handlers = [(evt.EVT_N_EVENT_REPORT, heard)]
-        asked = False
         try:
             with answering_association(peer, calling_ae, [build_context(PUSH_MODEL)], handlers) as made:
-                asked = True
                 answer, _ = made.send_n_action(request, 1, UID(PUSH_MODEL), UID(_INSTANCE))
                 status = status_of(answer)
                 if status is None:
                     raise PeerError("no answer to N-ACTION", permanent=False, reached=False)
                 if status != SUCCESS:
-                    log.warning("commitment not taken on", peer=name, status=hexadecimal(status))
-                answered.wait(WAIT_S if status == SUCCESS else 0)
+                    raise PeerError(f"N-ACTION answered {hexadecimal(status)}", permanent=False)
+                answered.wait(WAIT_S)
+        except NobodyThereError:
+            _take_back(ledger, uid)
+            raise
         except PeerError as error:
             if not error.permanent:
-                if not asked:
-                    _take_back(ledger, uid)
-                raise
+                log.warning("commitment not taken on, will be asked again", peer=name, because=str(error))
+                _not_taken_on(ledger, uid, str(error))
+                return
             # No presentation context: the peer does not know the service.
             reason = f"{name} offers no storage commitment; set its `commitment` to off, or enable the service there"
             _give_up(ledger, uid, reason, required=required)
@@ -194,6 +197,14 @@ def _take_back(ledger: Ledger, uid: str) -> None:
         session.execute(delete(Commitment).where(Commitment.transaction_uid == uid))
         mine = update(Delivery).where(Delivery.transaction_uid == uid, Delivery.stored_at.is_not(None))
         session.execute(mine.values(asks=Delivery.asks - 1, due_at=0.0))
+
+
+def _not_taken_on(ledger: Ledger, uid: str, reason: str) -> None:
+    """Say of what a transaction asked for why it is not confirmed yet."""
+    mine = (Delivery.transaction_uid == uid, Delivery.state == "waiting", Delivery.stored_at.is_not(None))
+    with ledger() as session:
+        for row in session.scalars(select(Delivery).where(*mine)):
+            row.reason = f"{row.object.kind} delivered, its confirmation not taken on: {reason}"
 
 
 def _give_up(ledger: Ledger, uid: str, reason: str, *, required: bool) -> None:

@@ -60,6 +60,13 @@ class PeerError(RuntimeError):
         self.reached = reached
 
 
+class NobodyThereError(PeerError):
+    """No connection could be made to a peer, so that it has not heard of anything."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, permanent=False, reached=False)
+
+
 @dataclass(frozen=True)
 class Outgoing:
     """A Part 10 file on its way: what negotiation needs to know of it."""
@@ -143,7 +150,7 @@ def answering_association(
             evt_handlers=[(evt.EVT_CONN_OPEN, opened), *handlers],
         )
     except OSError:
-        raise PeerError(f"the host name {peer.host} cannot be resolved", permanent=False, reached=False) from None
+        raise NobodyThereError(f"the host name {peer.host} cannot be resolved") from None
     try:
         if not made.is_established:
             raise _no_association(made, peer, bool(connections))
@@ -257,7 +264,7 @@ def _no_association(made: Association, peer: Peer, reached: bool) -> PeerError:
     """Why there is no association, in words (PS3.8 9.3.4, table 9-21: result, source, reason)."""
     where = f"{peer.ae_title} at {peer.host}:{peer.port}"
     if not reached:
-        return PeerError(f"no connection to {where}", permanent=False, reached=False)
+        return NobodyThereError(f"no connection to {where}")
     if made.is_rejected:
         answer = made.acceptor.primitive
         why = getattr(answer, "reason_str", "no reason given")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import free_port, running_orthanc, wait_for
@@ -18,7 +19,7 @@ from node import reception
 from node.config import Peer, Settings
 from node.delivery import commitment
 from node.delivery.outbox import Outbox
-from node.ledger import Commitment, Delivery, Event, Ledger
+from node.ledger import MAX_DELIVERY_ATTEMPTS, Commitment, Delivery, Event, Ledger, Line
 from node.tasks import Node
 
 pytestmark = [
@@ -90,7 +91,11 @@ def test_orthanc_confirms_what_it_has_and_names_what_it_lost(
 
 
 @pytest.mark.parametrize("answer", ["same", "later"])
-def test_answer_on_the_same_association_or_later(ledger: Ledger, results: Path, listening: int, answer: str) -> None:
+def test_answer_on_the_same_association_or_later(
+    ledger: Ledger, results: Path, listening: int, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    monkeypatch.setattr(commitment, "WAIT_S", 10.0 if answer == "same" else 0.6)
+    monkeypatch.setattr(commitment, "ASK_AGAIN_S", (60.0, 60.0))
     owe(ledger, results, "pacs", classes=TWO)
     with bad_pacs(BadPacs(answer=answer, listener=("127.0.0.1", listening))) as pacs:  # type: ignore[arg-type]
         outbox(ledger, results, pacs.peer(commitment="required")).work_off()
@@ -146,6 +151,40 @@ def test_peer_without_the_service_is_named(ledger: Ledger, results: Path, wanted
         assert "offers no storage commitment" in session.scalars(select(Delivery.reason)).one()
 
 
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ({"rejects_commitment": True}, "rejected the association"),
+        ({"takes_on": None}, "no answer to N-ACTION"),
+        ({"takes_on": 0x0110}, "N-ACTION answered 0x0110"),
+    ],
+)
+def test_peer_that_takes_objects_and_no_request_gets_all_objects_and_is_asked_a_few_times(
+    ledger: Ledger, results: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], why: str
+) -> None:
+    monkeypatch.setattr(commitment, "MAX_ASKS", 2)
+    with bad_pacs(BadPacs(**how)) as pacs:
+        for _ in range(3):
+            owe(ledger, results, "pacs")
+            outbox(ledger, results, pacs.peer(commitment="on")).work_off()  # at once: the line is not silent
+            with ledger() as session:
+                newest = session.scalars(select(Delivery).order_by(Delivery.id.desc())).first()
+                assert newest is not None
+                assert newest.reason.startswith("object-0 delivered, its confirmation not taken on: ")
+                assert why in newest.reason
+            due_now(ledger)
+        outbox(ledger, results, pacs.peer(commitment="on")).work_off()
+    assert len(pacs.stored) == 3
+    assert states(ledger) == ["done"] * 2 + ["stored"]
+    with ledger() as session:
+        told = session.scalars(select(Event.text)).all()
+        assert session.scalars(select(Line.silent_since)).all() == [None]
+    assert (
+        sorted(told)
+        == ["delivered, not confirmed: pacs never confirmed object-0"] * 2 + ["object-0 delivered to pacs"] * 3
+    )
+
+
 def test_late_answer_to_an_earlier_request_counts_when_it_is_good_news(
     ledger: Ledger, results: Path, listening: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +218,21 @@ def test_request_that_does_not_reach_the_peer_is_none(ledger: Ledger, results: P
     with ledger() as session:
         assert session.scalars(select(Delivery.asks)).one() == 0
         assert session.scalars(select(Commitment)).all() == []
+
+
+def test_object_that_was_taken_at_the_last_attempt_waits_for_its_confirmation(
+    ledger: Ledger, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commitment, "WAIT_S", 0.0)
+    monkeypatch.setattr(commitment, "ASK_AGAIN_S", (60.0, 60.0))
+    owe(ledger, results, "pacs")
+    with ledger() as session:
+        session.execute(update(Delivery).values(attempts=MAX_DELIVERY_ATTEMPTS - 1))
+    with bad_pacs() as pacs:
+        outbox(ledger, results, pacs.peer(commitment="required")).work_off()
+        due_now(ledger)
+        assert ledger.peers_owed() == ["pacs"]
+        assert states(ledger) == ["stored"]
 
 
 @pytest.mark.parametrize("left", [True, False])
