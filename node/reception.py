@@ -6,6 +6,8 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import structlog
 from pydicom import Dataset, dcmread
@@ -25,6 +27,10 @@ log = structlog.get_logger(__name__)
 
 #: Seconds beyond the quiet period after which a series was surely closed: a peer that stalled was dropped meanwhile.
 SETTLED_S = 120.0
+
+#: Seconds for which a series of which no file can be read is offered again before it is told of: long enough to start
+#: a machine or mount a file system anew.
+UNREADABLE_S = 600.0
 
 #: Series of a lost ledger that are open at a time.
 OPEN_AT_ONCE = 50
@@ -76,20 +82,29 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
     Raises
     ------
     OSError
-        Its files are there and cannot be read now.
+        Its files are there and none can be read now.
     """
+    closed_because, complete = closed.reason, closed.complete
     try:
         verdicts = triage(closed)
-        header = dcmread(closed.paths[0], stop_before_pixels=True)
+        header = _header(closed.paths)
         names = here.settings.peer_names(closed.calling_ae)
         route = next((route for route in here.settings.routes if route.takes(names, header)), None)
         urgent = _urgent(header) or (route is not None and route.urgent)
     except Exception as error:
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise  # it may pass (EMFILE, EIO, ESTALE): the assembly offers the series again
-        # Whatever is wrong with its header, the series must come to an end that can be seen.
-        verdicts = [Verdict(False, f"not analysed: its header cannot be read ({logs.plainly(error)})")]
         route, urgent = None, False
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            if closed.offered_for_s < UNREADABLE_S:
+                raise  # it may pass (EMFILE, EIO, ESTALE): the assembly offers the series again
+            # Not complete, so that its sender, or the next start, may bring it again.
+            complete, closed_because = False, f"incomplete: what was kept of it cannot be read; {closed.reason}"
+            where = closed.paths[0].parent.relative_to(here.settings.data)
+            mend = f"mend the disk, or remove {where}, then send the series again"
+            why = f"not analysed: none of its files can be read ({logs.plainly(error)}); {mend}"
+            verdicts = [Verdict(False, why)]
+        else:
+            # Whatever is wrong with its header, the series must come to an end that can be seen.
+            verdicts = [Verdict(False, f"not analysed: its header cannot be read ({logs.plainly(error)})")]
     decision = "; ".join(f"{one.acquisition}: {one.reason}" if one.acquisition else one.reason for one in verdicts)
     if any(one.analyse for one in verdicts):
         decision = "not analysed: no route takes it" if route is None else f"route '{route.name}': {decision}"
@@ -101,14 +116,14 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
             [header.sop_instance_uid for header in closed.instances],
             calling_ae=closed.calling_ae,
             instances=[str(path.relative_to(here.spool)) for path in closed.paths],
-            complete=closed.complete,
-            closed_because=closed.reason,
+            complete=complete,
+            closed_because=closed_because,
             verdict=decision,
         )
         if series is None:
             log.info("received again, unchanged", series=closed.series_instance_uid)
             return
-        here.ledger.tell(session, series.id, "received", f"{len(closed.paths)} instances: {closed.reason}")
+        here.ledger.tell(session, series.id, "received", f"{len(closed.paths)} instances: {closed_because}")
         here.ledger.tell(session, series.id, "triage", decision)
         for verdict in verdicts:
             if route is not None and (verdict.analyse or (verdict.tell and route.tell_not_analysed)):
@@ -129,6 +144,23 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
         bells = [analysis.id for analysis in series.analyses]
     log.info("triaged", series=closed.series_instance_uid, decision=decision)
     ring("analyse", bells)
+
+
+def _header(paths: Sequence[Path]) -> Dataset:
+    """The header of the first file that can be read: the analysis says, and tries again, where one of them cannot.
+
+    Raises
+    ------
+    OSError
+        None can be read. `FileNotFoundError` when they are all gone.
+    """
+    errors: list[OSError] = []
+    for path in paths:
+        try:
+            return dcmread(path, stop_before_pixels=True)
+        except OSError as error:
+            errors.append(error)
+    raise next((one for one in errors if not isinstance(one, FileNotFoundError)), errors[0])
 
 
 def _urgent(header: Dataset) -> bool:

@@ -74,6 +74,8 @@ class ClosedSeries:
     reason: str
     #: Whether all that is known to be missing are slices that leave a gap: a stack without one is whole.
     only_gaps: bool = False
+    #: Seconds since it was first offered, in vain so far.
+    offered_for_s: float = 0.0
 
 
 class Assembly:
@@ -237,7 +239,7 @@ class Assembly:
         with self._ticking:
             with self._lock:
                 due = [series for series in list(self._open.values()) if self._is_due(series)]
-                closing = [(series, series.closed(), series.extent) for series in due]
+                closing = [(series, series.closed(self._clock()), series.extent) for series in due]
             for series, closed, extent in closing:
                 self._close(series, closed, extent)
 
@@ -326,7 +328,9 @@ class Assembly:
         except Exception as error:
             log.error("closed series was not taken, kept open", series=series.key[1], error=plainly(error))
             with self._lock:
-                series.retry_at = self._clock() + RETRY_S
+                now = self._clock()
+                series.retry_at = now + RETRY_S
+                series.offered_at = now if series.offered_at is None else series.offered_at
                 series.examined = False
             return
         log.info(
@@ -386,6 +390,8 @@ class _OpenSeries:
     #: Whether it was found wanting since something last happened to it.
     examined: bool = False
     retry_at: float = 0.0
+    #: When it was first offered in vain.
+    offered_at: float | None = None
     #: How many instances its sender has, as it said; None while it has not.
     counted: int | None = None
     #: Questions asked so far, and until when the answer to the last is waited for.
@@ -442,7 +448,7 @@ class _OpenSeries:
         shape = tiling.detail if tiling.kind == "even" else f"geometry cannot tell ({tiling.detail})"
         return True, f"{shape}, and {ended}{f', although {doubt}' if doubt else ''}", False
 
-    def closed(self) -> ClosedSeries:
+    def closed(self, now: float) -> ClosedSeries:
         """The series under its last verdict."""
         return ClosedSeries(
             series_instance_uid=self.key[1],
@@ -454,6 +460,7 @@ class _OpenSeries:
             complete=self.verdict[0],
             reason=self.verdict[1],
             only_gaps=self.verdict[2],
+            offered_for_s=0.0 if self.offered_at is None else now - self.offered_at,
         )
 
 

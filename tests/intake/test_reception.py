@@ -13,6 +13,7 @@ from test_spool import store
 
 from node import reception
 from node.config import Settings
+from node.intake import assembly as assembly_module
 from node.intake.assembly import RETRY_S, Assembly, AssociationId
 from node.intake.listener import Listener
 from node.intake.spool import Spool, Stored
@@ -114,27 +115,94 @@ def test_a_series_that_the_ledger_knows_is_left_alone_and_a_late_slice_opens_it(
     assert [count for count, _, _ in closed(here)] == [5, 6]
 
 
-@pytest.mark.parametrize(("gone", "count"), [(False, 0), (True, 1)])
-def test_a_file_that_cannot_be_read_now_is_tried_again_and_one_that_is_gone_is_told_of(
-    tmp_path: Path, gone: bool, count: int
-) -> None:
+def ails(path: Path, how: str) -> None:
+    """Have a kept file fail for whoever reads it, root too; what it was lies beside the spool."""
+    path.rename(path.parents[3] / path.name)
+    if how == "EIO":
+        path.symlink_to("/proc/self/mem")  # nothing is mapped where a file begins
+    elif how == "ELOOP":
+        path.symlink_to(path)
+    elif how == "EISDIR":
+        path.mkdir()
+
+
+def heal(path: Path) -> None:
+    path.unlink()
+    (path.parents[3] / path.name).rename(path)
+
+
+@pytest.mark.parametrize("how", ["EIO", "ELOOP", "EISDIR", "gone"])
+def test_a_file_that_cannot_be_read_is_left_to_the_analysis_where_another_can(tmp_path: Path, how: str) -> None:
     (tmp_path / "spool").mkdir()
     spooled(tmp_path, 5, age_s=3)
     here, listener, assembly = start(tmp_path)
-    path = listener._spool.series(STUDY, SERIES)[0].path
-    away = path.rename(tmp_path / "away")
-    if not gone:
-        path.symlink_to(path)  # ELOOP, for whoever runs this
-    time.sleep(0.6)
-    assembly.tick()
-    assert (len(closed(here)), assembly.open_series) == (count, 1 - count)
-    if not gone:
-        path.unlink()
-        away.rename(path)
-        wait_for(lambda: assembly.tick() or not assembly.open_series, RETRY_S + 5, "the series to be offered again")
+    ails(listener._spool.series(STUDY, SERIES)[0].path, how)
+    close_all(assembly)
     with here.ledger() as session:
         (row,) = session.query(Series)
-        assert ("its header cannot be read" in row.verdict) is gone
+        assert len(row.instances) == 5
+        assert "cannot be read" not in row.verdict
+
+
+def test_a_series_of_which_no_file_can_be_read_now_is_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 1, age_s=3)
+    here, listener, assembly = start(tmp_path)
+    path = listener._spool.series(STUDY, SERIES)[0].path
+    ails(path, "EIO")
+    time.sleep(0.6)
+    assembly.tick()
+    assert (closed(here), assembly.open_series) == ([], 1)
+    heal(path)
+    wait_for(lambda: assembly.tick() or not assembly.open_series, RETRY_S + 5, "the series to be offered again")
+    with here.ledger() as session:
+        assert "cannot be read" not in session.query(Series).one().verdict
+
+
+def test_a_series_whose_files_are_gone_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 1, age_s=3)
+    here, listener, assembly = start(tmp_path)
+    ails(listener._spool.series(STUDY, SERIES)[0].path, "gone")
+    close_all(assembly)
+    with here.ledger() as session:
+        assert "its header cannot be read" in session.query(Series).one().verdict
+
+
+@pytest.mark.parametrize("again", ["resent", "restarted"])
+def test_a_series_that_cannot_be_read_for_long_is_told_of_and_comes_back(
+    tmp_path: Path, again: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception, "UNREADABLE_S", 1.0)
+    monkeypatch.setattr(assembly_module, "RETRY_S", 0.5)
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 3, age_s=3)
+    Spool(tmp_path / "spool").end(STUDY, SERIES, 3)
+    here, listener, assembly = start(tmp_path)
+    kept = listener._spool.series(STUDY, SERIES)
+    for one in kept:
+        ails(one.path, "EIO")
+    wait_for(lambda: assembly.tick() or not assembly.open_series, 10, "the series to be told of")
+    assert [(count, complete) for count, complete, _ in closed(here)] == [(3, False)]
+    with here.ledger() as session:
+        row = session.query(Series).one()
+        assert "none of its files can be read (OSError EIO (input/output error)" in row.verdict
+        assert f"remove spool/{STUDY}/{SERIES}, then send the series again" in row.verdict
+        assert row.closed_because.startswith("incomplete: what was kept of it cannot be read; ")
+        assert not row.analyses
+    for one in kept:
+        heal(one.path)
+    if again == "restarted":
+        here, _, assembly = start(tmp_path)
+    else:
+        association = AssociationId(1, "CT1", "LUNGNODE")
+        for one in kept:
+            assembly.received(association, one.header, Stored(one.path, "same"))
+        assembly.association_ended(association)
+    close_all(assembly)
+    assert [(count, complete) for count, complete, _ in closed(here)] == [(3, False), (3, True)]
+    with here.ledger() as session:
+        assert "cannot be read" not in session.query(Series).order_by(Series.id).all()[-1].verdict
 
 
 def test_a_lost_ledger_makes_old_series_be_judged_by_their_geometry(tmp_path: Path) -> None:
