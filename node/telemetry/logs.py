@@ -83,7 +83,15 @@ def plainly(error: BaseException) -> str:
     what = type(error).__name__
     if type(error).__module__.startswith(("node.", "models.")):
         what = f"{what}: {error}"
-    elif isinstance(error, OSError) and error.errno is not None:
+    elif (number := _errno(error)) is not None:
         # Its words are the system's, not those of whoever raised it.
-        what = f"{what} {errno.errorcode.get(error.errno, error.errno)} ({os.strerror(error.errno).lower()})"
+        what = f"{what} {errno.errorcode.get(number, number)} ({os.strerror(number).lower()})"
     return f"{what} at {place}"
+
+
+def _errno(error: BaseException) -> int | None:
+    """What the system said; pydicom raises its errors anew, with its own words and without the number."""
+    if not isinstance(error, OSError):
+        return None
+    cause = error.__cause__
+    return cause.errno if error.errno is None and isinstance(cause, OSError) else error.errno

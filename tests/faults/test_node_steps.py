@@ -20,12 +20,16 @@ from pydicom.uid import (
     MultiFrameTrueColorSecondaryCaptureImageStorage,
     SecondaryCaptureImageStorage,
 )
+from structlog.testing import capture_logs
 from whole_node import chest
 
 from node import ledger as ledger_module
 from node import reception, results, tasks
 from node.config import Settings
 from node.delivery.peer import ByAssociation
+from node.intake import assembly as assembly_module
+from node.intake.assembly import Assembly, AssociationId
+from node.intake.spool import Spool
 from node.ledger import Lease
 from node.offline import closed_folder
 from node.phantom import write_series
@@ -209,19 +213,97 @@ def fill(folder: Path, leave: int) -> Path:
     return ballast
 
 
-@pytest.mark.parametrize("leave", [0, 100_000, 200_000])
+@pytest.mark.parametrize(("leave", "made"), [(0, []), (50_000, ["sr"]), (100_000, ["sr"]), (400_000, ["sr"])])
 def test_full_disk_keeps_the_work_and_leaves_no_halves(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch, leave: int
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, leave: int, made: list[str]
 ) -> None:
-    """With ever more room it fails at the ledger's first row, at the objects, or at the record of them."""
+    """With ever more room it fails at the ledger's first row, at that of a retry, or at the larger object."""
     here = make_node(small_disk / "var", monkeypatch)
     receive(here)
     ballast = fill(small_disk, leave)
-    for _ in range(2):
-        with suppress(Exception):
+    with capture_logs() as told:
+        for _ in range(2):
             tasks.analyse(1)
-        time.sleep(0.7)
+            time.sleep(0.7)
+    assert [line["event"] for line in told if line["log_level"] == "error"] == ["analyse failed"] * 2
+    assert [path.stem for path in here.results.rglob("*.dcm")] == made
+    works = [one for series in all_series(here.ledger) for one in series.analyses] if leave > 50_000 else []
+    assert all("OSError ENOSPC (no space left on device)" in one.reason for one in works)
     ballast.unlink()
+    with bad_pacs(classes=CLASSES) as pacs:
+        work_on(here, pacs)
+        prove(here, pacs)
+
+
+def test_disk_that_is_full_when_results_are_recorded_keeps_the_work(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = make_node(small_disk / "var", monkeypatch)
+    receive(here)
+    ballast: list[Path] = []
+
+    def full(*_: Any) -> list[Any]:
+        ballast.append(fill(small_disk, 0))
+        return []
+
+    with monkeypatch.context() as patch, capture_logs() as told:
+        patch.setattr(tasks, "_rejection_notes", full)  # the last before the commit
+        tasks.analyse(1)
+    assert [line["error"].split()[0] for line in told if line["event"] == "analyse failed"] == ["OperationalError"]
+    (series,) = all_series(here.ledger)
+    assert (state(series), series.analyses[0].objects) == ("running", [])
+    ballast[0].unlink()
+    with bad_pacs(classes=CLASSES) as pacs:
+        work_on(here, pacs)
+        prove(here, pacs)
+
+
+def test_disk_that_is_full_when_a_delivery_is_recorded_leaves_one_object_each(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = make_node(small_disk / "var", monkeypatch)
+    receive(here)
+    tasks.analyse(1)
+    ballast: list[Path] = []
+    send = ByAssociation.send
+
+    def full(*arguments: Any) -> str:
+        warning = send(*arguments)
+        ballast.append(fill(small_disk, 0))
+        return warning
+
+    with subprocess_pacs(here) as pacs:
+        with monkeypatch.context() as patch, capture_logs() as told:
+            patch.setattr(ByAssociation, "send", full)
+            tasks.deliver("pacs")
+        assert [line["error"].split()[0] for line in told if line["event"] == "deliver failed"] == ["OperationalError"]
+        assert (len(pacs.stored), len(ballast)) == (1, 1)
+        ballast[0].unlink()
+        work_on(here, pacs)
+        prove(here, pacs)
+        assert len(pacs.stored) == 3  # the first again, under its UID
+
+
+def test_disk_that_is_full_when_a_series_closes_leaves_it_open_until_it_can_be_recorded(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = make_node(small_disk / "var", monkeypatch)
+    folder = here.spool / "1.2" / "1.3"
+    paths = write_series(chest(), folder, 3)
+    paths[20].unlink()
+    assembly = Assembly(lambda closed: reception.series_closed(here, closed), 0.0)
+    assembly.restore(
+        AssociationId(1, "CT", "LUNGNODE"), ((one.header, one.path) for one in Spool(here.spool).series("1.2", "1.3"))
+    )
+    ballast = fill(small_disk, 0)
+    monkeypatch.setattr(assembly_module, "RETRY_S", 0.1)
+    for _ in range(3):
+        assembly.tick()
+        time.sleep(0.15)
+    ballast.unlink()
+    assert (assembly.open_series, all_series(here.ledger)) == (1, [])
+    assembly.tick()
+    assert assembly.open_series == 0
     with bad_pacs(classes=CLASSES) as pacs:
         work_on(here, pacs)
         prove(here, pacs)
