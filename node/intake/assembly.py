@@ -191,6 +191,11 @@ class Assembly:
             series.touch(association, self._clock())
         self._note(key)
 
+    def pauses(self, association: AssociationId) -> None:
+        """An association is amid no instance, though it stays open: the quiet period holds for its series."""
+        with self._lock:
+            self._sending.pop(association, None)
+
     def association_ended(self, association: AssociationId, ending: Ending = "released") -> None:
         """An association is over. May be told twice."""
         ended = []

@@ -215,6 +215,7 @@ class Listener:
             (evt.EVT_ESTABLISHED, self._on_established),
             (evt.EVT_RELEASED, self._on_released),
             (evt.EVT_ABORTED, self._on_aborted),
+            (evt.EVT_C_ECHO, self._on_echo),
             *self._handlers,
         ]
         if options.transport == STOCK:
@@ -338,6 +339,11 @@ class Listener:
         reason = "nothing came for too long" if idle else "aborted, or the connection was lost"
         log.info("association ended", calling_ae=known.calling_ae, number=known.number, reason=reason)
         self._end(association, "idle" if idle else "aborted")
+
+    def _on_echo(self, event: _Event) -> int:
+        """A sender may keep its association open so for hours, and is amid no instance."""
+        self._assembly.pauses(self._identify(event.assoc))
+        return SUCCESS
 
     def _identify(self, association: Association) -> AssociationId:
         """Our name for an association that was let in; of one that has ended meanwhile, a name that nobody has."""

@@ -32,6 +32,7 @@ from pydicom.uid import (
 )
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
+from pynetdicom.sop_class import Verification
 
 from node.intake.assembly import Assembly, ClosedSeries
 from node.intake.listener import TRANSFER_SYNTAXES, Listener, ListenerOptions
@@ -119,6 +120,25 @@ def test_echo_and_a_series_from_dcmtk(node: Callable[..., Node], tmp_path: Path)
     assert closed.reason == "slices tile space from z=0.0 to z=11.0 every 1.0 mm, and the association ended"
     assert (closed.complete, closed.calling_ae, closed.called_ae) == (True, "CT1", "LUNGNODE")
     assert {path.stem for path in closed.paths} == set(one.kept())
+
+
+def test_a_sender_that_keeps_its_association_open_by_echo_keeps_no_series_open(node: Callable[..., Node]) -> None:
+    one = node()
+    entity = AE("CT1")
+    entity.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
+    entity.add_requested_context(Verification)
+    association = entity.associate("127.0.0.1", one.listener.port, ae_title="LUNGNODE")
+    for n in range(3):
+        request = {"AffectedSOPClassUID": CTImageStorage, "AffectedSOPInstanceUID": dataset(n).SOPInstanceUID}
+        send_raw(association, encoded(dataset(n)), request)
+        wait_for(lambda n=n: len(one.kept()) == n + 1, 5, "the instance")
+    deadline = time.monotonic() + 10
+    while not one.closed and time.monotonic() < deadline:
+        assert association.send_c_echo().Status == 0x0000
+        time.sleep(0.3)
+    assert one.closed[0].reason.endswith("no instance came for 1.5 s")
+    assert association.is_established
+    association.release()
 
 
 @pytest.mark.peer
