@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -138,6 +139,8 @@ class Assembly:
         self._lacking: dict[_Key, set[str]] = {}
         #: Series that each association sends again though they are complete.
         self._in_vain: dict[AssociationId, set[_Key]] = {}
+        #: Series closed so far.
+        self._closings = 0
         self._lock = threading.RLock()
         self._ticking = threading.Lock()
         #: Held while the end of a series is noted, so that the last note is the true one; taken before `_lock`.
@@ -159,15 +162,12 @@ class Assembly:
             if known and key in in_vain:
                 return
         # Outside the lock, so that a slow ledger does not hold up other associations.
-        complete = known and not self._lacks(key)
-        with self._lock:
-            series = self._open.get(key)
-            if series is None:
-                if complete:
+        if known and not self._lacks(key):
+            with self._lock:
+                if key not in self._open:
                     self._in_vain[association] = in_vain | {key}
                     return
-                series = self._begin(key, header)
-                series.sender = association  # the spool, which recalls it, holds this instance too
+        with self._opened(association, key, header) as series:
             if header.sop_instance_uid not in series.instances:
                 series.instances[header.sop_instance_uid] = (header, stored.path)
                 series.sender = association
@@ -179,10 +179,9 @@ class Assembly:
     def refused(self, association: AssociationId, header: InstanceHeader) -> None:
         """An instance was not stored, through no fault of its own: until it comes again, its series lacks it."""
         key = (header.study_instance_uid, header.series_instance_uid)
-        with self._lock:
+        with self._opened(association, key, header) as series:
             self._sending[association] = key
             self._silent.pop(association, None)
-            series = self._open.get(key) or self._begin(key, header)
             if header.sop_instance_uid not in series.instances:
                 series.refused.add(header.sop_instance_uid)
                 self._lacking[key] = series.refused
@@ -262,16 +261,30 @@ class Assembly:
             log.warning("it cannot be learnt whether the series was complete", series=key[1], error=plainly(error))
             return True
 
-    def _begin(self, key: _Key, header: InstanceHeader) -> _OpenSeries:
-        series = self._open[key] = _OpenSeries(key, self._clock(), refused=self._lacking.get(key, set()))
+    @contextmanager
+    def _opened(self, association: AssociationId, key: _Key, header: InstanceHeader) -> Iterator[_OpenSeries]:
+        """A series that is open, with the lock held; opened with what the spool holds of it, where it is not."""
+        closings = self._closings
+        # Outside the lock, so that a slow disk does not hold up other associations.
+        recalled = None if key in self._open else self._recalled(key)
+        with self._lock:
+            series = self._open.get(key)
+            if series is None:
+                if recalled is None or closings != self._closings:
+                    recalled = self._recalled(key)  # it may just have been closed, with more than was read
+                series = self._open[key] = _OpenSeries(key, self._clock(), refused=self._lacking.get(key, set()))
+                series.instances.update(recalled)
+                series.sender = association  # the spool, which recalls it, holds this instance too
+                series.reopened = bool(series.instances.keys() - {header.sop_instance_uid})
+            yield series
+
+    def _recalled(self, key: _Key) -> dict[str, tuple[InstanceHeader, Path]]:
         try:
-            for known, path in self._recall(*key):
-                series.instances[known.sop_instance_uid] = (known, path)
+            return {known.sop_instance_uid: (known, path) for known, path in self._recall(*key)}
         except Exception as error:
             # The instance at hand is on disk and acknowledged; it must not be lost for want of its predecessors.
             log.error("earlier instances of the series cannot be read", series=key[1], error=plainly(error))
-        series.reopened = bool(series.instances.keys() - {header.sop_instance_uid})
-        return series
+            return {}
 
     def _is_due(self, series: _OpenSeries) -> bool:
         """Whether to close now; leaves the verdict in `series`."""
@@ -351,6 +364,7 @@ class Assembly:
                     series.reopened = True
                 else:
                     self._open.pop(series.key, None)
+                    self._closings += 1
                     if not series.refused:
                         self._lacking.pop(series.key, None)
             if not (changed or closed.complete):

@@ -490,6 +490,42 @@ def test_predecessors_that_cannot_be_read_do_not_lose_the_late_slice(rig: Rig) -
     assert [n for n, _, _ in rig.reasons()] == [1]
 
 
+def test_a_series_is_read_from_the_spool_without_holding_up_other_associations(rig: Rig) -> None:
+    def recall(study: str, series: str) -> list[tuple[InstanceHeader, Path]]:
+        if series == CHEST:
+            other = threading.Thread(target=rig.send_all, args=([0],), kwargs={"series": SCOUT})
+            other.start()
+            other.join(5)
+            assert not other.is_alive()
+        return rig.recall(study, series)
+
+    rig.send_all(range(10))
+    rig.wait(GRACE)
+    rig.assembly = Assembly(rig.take, QUIET, recall=recall, grace_s=GRACE, clock=lambda: rig.now)
+    rig.send_all([10])
+    rig.wait(QUIET)
+    assert sorted(len(one.instances) for one in rig.closed[1:]) == [1, 11]
+
+
+def test_a_series_that_is_closed_while_it_is_read_from_the_spool_lacks_nothing_afterwards(rig: Rig) -> None:
+    asked: list[str] = []
+
+    def recall(study: str, series: str) -> list[tuple[InstanceHeader, Path]]:
+        found = rig.recall(study, series)
+        asked.append(series)
+        if len(asked) == 1:  # the disk is slow: another association goes on with the series, and it closes meanwhile
+            rig.send_all([11])
+            rig.wait(QUIET)
+        return found
+
+    rig.send_all(range(10))
+    rig.wait(GRACE)
+    rig.assembly = Assembly(rig.take, QUIET, recall=recall, grace_s=GRACE, clock=lambda: rig.now)
+    rig.send_all([10])
+    rig.wait(QUIET)
+    assert {header.sop_instance_uid for header in rig.closed[-1].instances} == rig.spool[CHEST].keys()
+
+
 class Interleaved(RuleBasedStateMachine):
     """Any interleaving of series, associations, resends, refusals, aborts, pauses and failures of the taker."""
 
