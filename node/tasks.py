@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import structlog
 from celery import Celery, signals
 from kombu.exceptions import OperationalError
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
+from pydicom.errors import InvalidDicomError
 from redis.exceptions import RedisError
 from sqlalchemy.orm import Session
 
@@ -366,12 +367,31 @@ def _told(here: Node, work: _Work) -> Callable[[str, float], None]:
 def _not_analysed(work: _Work, reason: str) -> _Made:
     if not work.tell:
         return _Made("refused", f"not analysed: {reason}", [])
-    headers = [dcmread(path, stop_before_pixels=True) for path in work.paths]
+    headers = _headers(work.paths)
     profiles = _with_fallback(work.profiles)
     made = results.not_analysed(
         headers, reason, work.folder, profiles, content_datetime=work.content_at, part=work.part
     )
     return _Made("refused", f"not analysed: {reason}", made)
+
+
+def _headers(paths: list[Path]) -> list[Dataset]:
+    """Headers of the files that can be read, as one that cannot may be why the analysis failed.
+
+    Raises
+    ------
+    OSError, InvalidDicomError
+        None can be read.
+    """
+    headers, errors = list[Dataset](), list[Exception]()
+    for path in paths:
+        try:
+            headers.append(dcmread(path, stop_before_pixels=True))
+        except (OSError, InvalidDicomError) as error:
+            errors.append(error)
+    if errors and not headers:
+        raise errors[0]
+    return headers
 
 
 def outcome(findings: Findings) -> str:

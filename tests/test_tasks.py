@@ -137,6 +137,34 @@ def test_analysis_that_keeps_failing_tells_the_study_and_names_no_patient(
     assert "Doe" not in words + analysis.reason
 
 
+def test_file_that_cannot_be_read_is_named_and_the_study_is_told_by_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
+) -> None:
+    here, clock = make_node(tmp_path, monkeypatch), Clock()
+    monkeypatch.setattr(ledger_module, "time", clock)
+    path = receive(here).paths[0]
+    away = path.rename(tmp_path / "away")
+    path.symlink_to("/proc/self/mem")  # EIO, as of a bad sector
+    for _ in range(MAX_ANALYSIS_ATTEMPTS + 1):
+        tasks.analyse(1)
+        clock.now += 2 * MAX_BACKOFF_S
+    (series,) = all_series(here.ledger)
+    (analysis,) = series.analyses
+    assert f"{path.name} cannot be read (input/output error)" in analysis.reason
+    assert (analysis.state, {made.kind for made in analysis.objects}) == ("failed", {"sr", "capture"})
+    path.unlink()
+    away.rename(path)
+    assert here.ledger.retry(series.id) == 1
+    monkeypatch.setattr(tasks.pipeline, "analyse", refuse)
+    tasks.analyse(1)
+    (series,) = all_series(here.ledger)
+    assert series.analyses[0].reason == "not analysed: refused"
+
+
+def refuse(*_: Any) -> None:
+    raise VolumeError("refused")
+
+
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*socket:pytest.PytestUnraisableExceptionWarning")
 def test_what_cannot_be_sent_stays_owed_and_waits_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]

@@ -5,7 +5,9 @@ Only geometry and pixels live here; patient and study attributes stay in the fil
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,11 @@ from node.analysis.geometry import COSINE_TOLERANCE, VolumeError, regular_grid
 PIXEL_SPACING_TOLERANCE = 1e-3
 
 
-__all__ = ["SourceSlice", "Volume", "VolumeError", "read_volume"]
+__all__ = ["FileError", "SourceSlice", "Volume", "VolumeError", "read_volume"]
+
+
+class FileError(OSError):
+    """A file cannot be read, now or ever; the message names it, in the spool by its SOP instance UID."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,13 @@ def read_volume(paths: Sequence[Path]) -> Volume:
         The files are not one regular CT volume: a gap, uneven spacing, duplicate positions, gantry tilt, more than
         one orientation, matrix, pixel spacing, frame of reference or series, a file that is no CT image, or one
         whose pixels cannot be decoded. Nothing is returned in part.
-    OSError
-        A file cannot be opened.
+    FileError
+        A file cannot be read.
     """
-    by_path = {path: read_frames(path) for path in paths}
+    by_path = {}
+    for path in paths:
+        with _named(path):
+            by_path[path] = read_frames(path)
     frames = [frame for of_file in by_path.values() for frame in of_file]
     if not frames:
         raise VolumeError("no files: a series needs at least one image")
@@ -106,8 +115,9 @@ def read_volume(paths: Sequence[Path]) -> Volume:
 
     hu = np.empty((len(frames), *first.matrix), np.int16)
     for path, of_file in by_path.items():
-        for frame, slice_hu in zip(of_file, decode_frames(path, of_file), strict=True):
-            hu[place[frame.path, frame.number]] = slice_hu
+        with _named(path):
+            for frame, slice_hu in zip(of_file, decode_frames(path, of_file), strict=True):
+                hu[place[frame.path, frame.number]] = slice_hu
     return Volume(
         hu=hu,
         affine=affine,
@@ -118,6 +128,16 @@ def read_volume(paths: Sequence[Path]) -> Volume:
         series_instance_uid=first.series_instance_uid,
         frame_of_reference_uid=first.frame_of_reference_uid,
     )
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say which file the system could not read."""
+    try:
+        yield
+    except OSError as error:
+        why = os.strerror(error.errno).lower() if error.errno else type(error).__name__
+        raise FileError(f"{path.name} cannot be read ({why})") from error
 
 
 def _require_one_series(frames: Sequence[Frame]) -> None:

@@ -22,7 +22,7 @@ from pydicom.uid import (
 )
 
 from node.analysis import frames
-from node.analysis.volume import VolumeError, read_volume
+from node.analysis.volume import FileError, VolumeError, read_volume
 
 
 def changed(n, **attributes):
@@ -159,8 +159,12 @@ def test_files_that_are_no_dicom(tmp_path):
     other = tmp_path / "Roe.txt"
     other.write_text("no DICOM")
     assert "not a DICOM file" in refusal([*paths, other])
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileError, match=r"^missing\.dcm cannot be read \(no such file or directory\)$"):
         read_volume([tmp_path / "missing.dcm"])
+    paths[1].unlink()
+    paths[1].symlink_to("/proc/self/mem")  # EIO, as of a bad sector
+    with pytest.raises(FileError, match=rf"^{paths[1].name} cannot be read \(input/output error\)$"):
+        read_volume(paths)
     with pytest.raises(VolumeError, match="no files"):
         read_volume([])
 
