@@ -69,6 +69,9 @@ BACKOFF: dict[Work, tuple[float, float, float]] = {
 }
 MAX_BACKOFF_S = 3600.0
 
+#: Where to look when nothing but the process itself could have said why.
+_HOW = "the log has how it ended (signal 9 is mostly too little memory)"
+
 #: Seconds to wait for another process to end its transaction.
 BUSY_S = 30.0
 
@@ -399,7 +402,7 @@ class Ledger:
         if work == "deliver":
             dead.append(Delivery.stored_at.is_(None))  # what was stored at the last attempt waits for the commitment
         for row in session.scalars(select(table).where(*dead)):
-            self.set_aside(session, row, f"its process died or hung at each of {row.attempts} attempts")
+            self.set_aside(session, row, f"its process died or hung at each of {row.attempts} attempts; {_HOW}")
         session.flush()
 
     def set_aside(self, session: Session, row: Owed, reason: str) -> None:

@@ -58,13 +58,17 @@ def state(series: Series) -> str:
     states = {analysis.state for analysis in series.analyses}
     owed = deliveries(series)
     sent = {"stored" if _stored(delivery) else delivery.state for delivery in owed}
-    for word in ("failed", "running"):
+    made = [made for analysis in series.analyses for made in analysis.objects]
+    outdated = bool(made) and all(one.superseded_by is not None for one in made)
+    if "failed" in states and not outdated:
+        return "failed"
+    for word in ("running", "waiting"):
         if word in states:
             return word
-    if "waiting" in states:
-        return "waiting"
     if sent & {"waiting", "running"}:
         return "delivering"
+    if outdated:
+        return "superseded"
     for word in ("failed", "refused", "stored"):
         if word in sent:
             return word
@@ -146,24 +150,32 @@ def timeline(series: Series) -> Table:
 
 def to_do(series: Series) -> list[str]:
     """What an admin can do about a series that is in trouble; nothing for one that is not."""
-    sent, lines = deliveries(series), []
+    sent, lines = deliveries(series), list[str]()
+    if state(series) == "superseded":
+        return lines
     for peer in sorted({one.peer for one in sent if one.state == "waiting" and one.reason and not _stored(one)}):
         lines.append(
             f"nothing is lost, and what waits goes out by itself once {peer} takes it; "
             f"`lungnode echo {peer}` asks it now, `lungnode retry {series.id}` sends now"
         )
-    for peer in sorted({one.peer for one in sent if one.state in ("refused", "failed")}):
-        kinds = ", ".join(one.object.kind for one in sent if one.peer == peer and one.state in ("refused", "failed"))
-        lines.append(
-            f"{peer} does not have {kinds}: mend what the reason says there, then `lungnode retry {series.id}`; "
-            f"or leave out what it cannot store (peers.{peer}.takes in the settings)"
-        )
+    ended = [one for one in sent if one.state in ("refused", "failed")]
+    for peer in sorted({one.peer for one in ended}):
+        if kinds := ", ".join(one.object.kind for one in ended if one.peer == peer and one.stored_at is None):
+            lines.append(
+                f"{peer} does not have {kinds}: mend what the reason says there, then `lungnode retry {series.id}`; "
+                f"or leave out what it cannot store (peers.{peer}.takes in the settings)"
+            )
+        if kinds := ", ".join(one.object.kind for one in ended if one.peer == peer and one.stored_at is not None):
+            lines.append(
+                f"{peer} took {kinds} and did not confirm to keep it: mend what the reason says, start lungnode again "
+                f"after a change of its settings, then `lungnode retry {series.id}` sends it and asks again"
+            )
     for analysis in series.analyses:
         if analysis.state == "failed":
             lines.append(f"mend what the reason says, then `lungnode retry {series.id}` analyses it again")
         elif analysis.state == "waiting" and analysis.attempts:
             lines.append(f"it is tried again by itself; `lungnode retry {series.id}` tries now")
-    if not series.complete and state(series) != "superseded":
+    if not series.complete:
         lines.append("send the series again: what is missing makes it whole, what is here is not stored twice")
     return lines
 

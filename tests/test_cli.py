@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from node.cli import app
 from node.config import load
-from node.ledger import Analysis, Delivery, Ledger, Object
+from node.ledger import Analysis, Delivery, Ledger, Object, Series
 from node.status import all_series, as_json, state, table, timeline
 from node.tasks import Node
 
@@ -69,6 +69,14 @@ def test_peer_that_is_not_there_or_not_known_is_said(settings_file: Path) -> Non
 def test_folder_without_ct_says_so(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no DICOM")
     assert "no DICOM series in" in lines("analyse", str(tmp_path), "--out", str(tmp_path / "out"), exit_code=1)
+
+
+@pytest.mark.parametrize("stored_at", [None, 1.0])
+def test_what_a_peer_took_and_did_not_confirm_is_not_said_to_be_missing_there(stored_at: float | None) -> None:
+    made = Object(kind="sr", deliveries=[Delivery(peer="pacs", state="failed", stored_at=stored_at, reason="mute")])
+    (line,) = to_do(Series(id=7, complete=True, analyses=[Analysis(state="done", objects=[made])]))
+    assert line.startswith("pacs took sr and did not confirm" if stored_at else "pacs does not have sr")
+    assert "`lungnode retry 7`" in line
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from node.intake.assembly import ClosedSeries
 from node.ledger import Series
 from node.offline import closed_folder
 from node.phantom import write_series
-from node.status import all_series, deliveries, state
+from node.status import all_series, deliveries, state, to_do
 from node.tasks import Node
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -108,6 +108,27 @@ def test_objects_still_owed_are_dropped(tmp_path: Path, monkeypatch: pytest.Monk
     assert "2 not sent any more" in older.events[-1].text
 
 
+@pytest.mark.parametrize("first", ["refused", "failed"])
+def test_series_whose_results_were_sent_and_outdated_is_superseded_and_asks_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    here = make_node(tmp_path, monkeypatch)
+    close(here, 30)
+    tasks.analyse(1)
+    with here.ledger() as session:
+        series = session.get_one(Series, 1)
+        series.complete, series.analyses[0].state = first != "refused", first
+        for delivery in deliveries(series):
+            delivery.state = "done"
+    (series,) = newest_first(here)
+    words = {"refused": "not analysed", "failed": "failed"}
+    assert (state(series), bool(to_do(series))) == (words[first], True)
+    close(here, 39)
+    tasks.analyse(2)
+    _, older = newest_first(here)
+    assert (state(older), to_do(older)) == ("superseded", [])
+
+
 def test_generation_that_cannot_be_analysed_takes_nothing_from_one_that_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +154,7 @@ def test_peer_gets_a_rejection_note_that_names_what_it_has(
     tasks.analyse(2)
     tasks.deliver("pacs")
     newer, older = newest_first(here)
-    assert (state(newer), state(older)) == ("not analysed", "not analysed")
+    assert (state(newer), state(older)) == ("not analysed", "superseded")
     *_, note = newer.analyses[0].objects
     assert (note.kind, note.sop_class_uid) == ("rejection-note", KeyObjectSelectionDocumentStorage)
     (instance,) = orthanc.find("Instance", SOPInstanceUID=note.sop_instance_uid)
