@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from node.cli import app
 from node.config import load
 from node.ledger import Analysis, Delivery, Ledger, Object, Series
-from node.status import all_series, as_json, state, table, timeline
+from node.status import all_series, as_json, state, table, timeline, to_do
 from node.tasks import Node
 
 RUNNER = CliRunner()
