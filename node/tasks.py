@@ -7,6 +7,7 @@ and writes the outcome in one transaction. A bell that is lost is rung again by 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import os
 import threading
@@ -158,29 +159,14 @@ def _task(name: Bell, **options: Any) -> Callable[[Callable[[Any], None]], Any]:
 @_task("analyse", time_limit=ANALYSIS_LIMIT_S)
 def analyse(row: int) -> None:
     """Analyse a series, or one that is more urgent, make its objects, and owe them to the peers of its route."""
-    here, bells = node(), set[str]()
+    here = node()
     row = here.ledger.next_analysis(row)
     with here.ledger.lease("analyse", row) as lease:
         if lease is None or _gave_way(here, lease):
             return
         work = _begin(here, row)
         made = _make(here, work)
-        with lease.finish(made.state, made.reason) as session:
-            analysis = session.get_one(Analysis, row)
-            analysis.summary = made.summary
-            known = {one.sop_instance_uid for one in analysis.objects}  # from before a retry by hand
-            new = [one for one in made.objects if one.sop_instance_uid not in known]
-            analysis.objects += [_as_row(here, one, work.profiles) for one in new]
-            here.ledger.tell_of(session, analysis, made.reason)
-            for one in new:
-                if one.problems:
-                    text = analysis.about(f"{one.kind} {_stopped(one)}")
-                    here.ledger.tell(session, analysis.series_id, "check", text)
-            session.flush()
-            superseding.supersede(here.ledger, session, analysis)
-            session.flush()
-            analysis.objects += _rejection_notes(here, session, analysis, work)
-            bells = {delivery.peer for one in analysis.objects for delivery in one.deliveries}
+        bells = _recorded(here, lease, work, made)
         log.info("analysed", series=work.series_uid, outcome=made.reason)
     ring("deliver", bells)
 
@@ -309,6 +295,35 @@ def _begin(here: Node, row: int) -> _Work:
         )
 
 
+def _recorded(here: Node, lease: Lease, work: _Work, made: _Made) -> set[str]:
+    """Record what an analysis came to, in one transaction; gives the peers to whom something is owed."""
+    notes: dict[_Outdated, results.ResultObject] = {}
+    while True:
+        try:
+            with lease.finish(made.state, made.reason) as session:
+                analysis = session.get_one(Analysis, work.row)
+                _add_objects(here, session, analysis, work, made)
+                superseding.supersede(here.ledger, session, analysis)
+                session.flush()
+                analysis.objects += _rejection_notes(here, session, analysis, notes)
+                return {delivery.peer for one in analysis.objects for delivery in one.deliveries}
+        except _NoteLackingError as lacking:
+            # Nothing is recorded yet. The file is written here, where nobody waits for the ledger meanwhile.
+            notes[lacking.outdated] = _write_note(work, lacking.outdated)
+
+
+def _add_objects(here: Node, session: Session, analysis: Analysis, work: _Work, made: _Made) -> None:
+    analysis.summary = made.summary
+    known = {one.sop_instance_uid for one in analysis.objects}  # from before a retry by hand
+    new = [one for one in made.objects if one.sop_instance_uid not in known]
+    analysis.objects += [_as_row(here, one, work.profiles) for one in new]
+    here.ledger.tell_of(session, analysis, made.reason)
+    for one in new:
+        if one.problems:
+            here.ledger.tell(session, analysis.series_id, "check", analysis.about(f"{one.kind} {_stopped(one)}"))
+    session.flush()
+
+
 def _make(here: Node, work: _Work) -> _Made:
     """Analyse and build; a series that cannot be analysed gets the objects that say so."""
     work.folder.mkdir(parents=True, exist_ok=True)
@@ -430,19 +445,51 @@ def _stopped(made: results.ResultObject) -> str:
     return f"stopped before sending, as its check failed: {'; '.join(made.problems)}"
 
 
-def _rejection_notes(here: Node, session: Session, analysis: Analysis, work: _Work) -> list[Object]:
-    """Notes that name what the objects of this analysis outdate, one for each peer that acts on them."""
-    notes = []
-    for n, (name, peer) in enumerate(sorted(here.settings.peers_that_may("receive").items())):
-        outdated = superseding.outdated_at(session, analysis, name) if peer.rejection_notes else []
-        if outdated:
-            named = [(one.sop_class_uid, one.sop_instance_uid, one.series_instance_uid) for one in outdated]
-            header = dcmread(work.paths[0], stop_before_pixels=True)
-            made = results.rejection_note(header, named, work.folder, f"rejection-note-{n}", work.content_at, work.part)
-            row = _as_row(here, made, {})
-            row.kind, row.deliveries = "rejection-note", [Delivery(peer=name)]
-            notes.append(row)
-    return notes
+#: The objects that a rejection note names, in their order.
+_Outdated = tuple[tuple[str, str, str], ...]
+
+
+class _NoteLackingError(Exception):
+    """Peers have to be told of outdated objects, and no note that names just those is written yet."""
+
+    def __init__(self, outdated: _Outdated) -> None:
+        super().__init__(f"{len(outdated)} objects")
+        self.outdated = outdated
+
+
+def _rejection_notes(
+    here: Node, session: Session, analysis: Analysis, notes: dict[_Outdated, results.ResultObject]
+) -> list[Object]:
+    """Notes that name what the objects of this analysis outdate, for the peers that act on them.
+
+    Raises
+    ------
+    _NoteLackingError
+        One of them is not among `notes`: more may have been sent since those were written.
+    """
+    wanted: dict[_Outdated, list[str]] = {}  # what several peers have is named in one note, by its one UID
+    for name, peer in sorted(here.settings.peers_that_may("receive").items()):
+        objects = superseding.outdated_at(session, analysis, name) if peer.rejection_notes else []
+        if objects:
+            named = tuple((one.sop_class_uid, one.sop_instance_uid, one.series_instance_uid) for one in objects)
+            wanted.setdefault(named, []).append(name)
+    rows, there = [], {one.sop_instance_uid: one for one in analysis.objects}  # from before a retry by hand
+    for outdated, peers in wanted.items():
+        if outdated not in notes:
+            raise _NoteLackingError(outdated)
+        row = there.get(notes[outdated].sop_instance_uid)
+        if row is None:
+            row = _as_row(here, notes[outdated], {})
+            rows.append(row)
+        told = {delivery.peer for delivery in row.deliveries}
+        row.deliveries += [Delivery(peer=name) for name in peers if name not in told]
+    return rows
+
+
+def _write_note(work: _Work, outdated: _Outdated) -> results.ResultObject:
+    header = dcmread(work.paths[0], stop_before_pixels=True)
+    digest = hashlib.sha256(repr(outdated).encode()).hexdigest()[:8]
+    return results.rejection_note(header, outdated, work.folder, f"rejection-note-{digest}", work.content_at, work.part)
 
 
 def _length(connection: Any, queue: str) -> int:

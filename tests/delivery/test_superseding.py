@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ from conftest import Orthanc, tool, wait_for
 from pacs import CLASSES, bad_pacs
 from pydicom import dcmread
 from pydicom.uid import KeyObjectSelectionDocumentStorage, MultiFrameTrueColorSecondaryCaptureImageStorage
+from sqlalchemy import update
 from test_journey import run
 
 from models.training.phantom import phantom
-from node import reception, tasks
+from node import ledger as ledger_module
+from node import reception, results, tasks
 from node.config import Peer, Settings
 from node.delivery.outbox import Outbox
 from node.intake.assembly import ClosedSeries
-from node.ledger import Series
+from node.ledger import Delivery, Series
 from node.offline import closed_folder
 from node.phantom import write_series
 from node.status import all_series, deliveries, state, to_do
@@ -171,6 +174,64 @@ def test_peer_gets_a_rejection_note_that_names_what_it_has(
     }
     assert "Error" not in run(tool("dciodvfy"), stored)
     assert "Rejected for Quality Reasons" in run(tool("dsrdump"), stored)
+
+
+def sent(here: Node) -> None:
+    """Count all that is owed as delivered."""
+    with here.ledger() as session:
+        session.execute(update(Delivery).where(Delivery.state == "waiting").values(state="done"))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_peers_that_have_the_same_get_one_note_and_a_retry_makes_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    here = make_node(tmp_path, monkeypatch, notes=True)
+    changed = here.settings.model_dump(by_alias=True)
+    changed["peers"]["other"] = changed["peers"]["pacs"]
+    changed["routes"][0]["to"]["other"] = ["sr", "capture"]
+    object.__setattr__(here, "settings", Settings.model_validate(changed))
+    close(here, 30)
+    tasks.analyse(1)
+    sent(here)
+    close(here, 39)
+    tasks.analyse(2)
+    if again:
+        sent(here)
+        assert here.ledger.retry(2) == 1
+        tasks.analyse(2)
+    newer = newest_first(here)[0].analyses[0]
+    assert (newer.state, [made.kind for made in newer.objects]) == ("refused", ["sr", "capture", "rejection-note"])
+    assert [one.peer for one in newer.objects[-1].deliveries] == ["other", "pacs"]
+
+
+def test_note_is_written_while_others_write_to_the_ledger_and_names_what_was_sent_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "BUSY_S", 0.2)
+    here = make_node(tmp_path, monkeypatch, notes=True)
+    close(here, 30)
+    tasks.analyse(1)
+    with here.ledger() as session:  # the first object is being sent, the second not yet
+        under_way = session.get_one(Delivery, 1)
+        under_way.state, under_way.lease_until = "running", time.time() + 60
+    close(here, 39)
+    written: list[int] = []
+    write = results.rejection_note
+
+    def meanwhile(header: Any, outdated: Any, *rest: Any) -> Any:
+        written.append(len(outdated))
+        if len(written) == 1:
+            with here.ledger() as session:
+                session.execute(update(Delivery).where(Delivery.id == 2).values(state="done"))
+        return write(header, outdated, *rest)
+
+    monkeypatch.setattr(results, "rejection_note", meanwhile)
+    tasks.analyse(2)
+    newer = newest_first(here)[0].analyses[0]
+    assert (newer.state, written) == ("refused", [1, 2])
+    note = dcmread(here.results / newer.objects[-1].path)
+    assert len(note.ContentSequence) == 1 + 2
 
 
 def test_object_under_way_when_it_was_superseded_is_not_tried_again(
