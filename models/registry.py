@@ -135,7 +135,8 @@ def verify(bundle: Bundle) -> None:
     Raises
     ------
     BundleError
-        It does not load, does not run, or gives what the metadata do not say; or these lack what inference needs.
+        It does not load, does not run, or gives what the metadata do not say; or these lack what inference needs; or
+        its OpenVINO IR, where it has one, is not the one that they name.
     """
     import torch
 
@@ -151,6 +152,9 @@ def verify(bundle: Bundle) -> None:
         raise BundleError(f"{file}: inference needs {error}") from None
     if min(sizes) <= 0 or channels not in (1, 3) or max(context, stride) > 64:
         raise BundleError(f"{file}: sizes must be positive, and a network have 1 (infection) or 3 (lungs) channels")
+    if isinstance(record := bundle.metadata.get("openvino"), dict):
+        for name in ("model.xml", "model.bin"):
+            verified(bundle.path / "models" / name, str(record.get(name)))
     image = torch.full((1, 2 * context + 1, 4 * stride, 4 * stride), -1.0)
     image[..., stride:-stride, stride:-stride] = 0.0
     network = bundle.load()

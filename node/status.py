@@ -158,6 +158,11 @@ def to_do(series: Series) -> list[str]:
             f"nothing is lost, and what waits goes out by itself once {peer} takes it; "
             f"`lungnode echo {peer}` asks it now, `lungnode retry {series.id}` sends now"
         )
+    for peer in sorted({one.peer for one in sent if _stored(one) and one.asks > 1}):
+        lines.append(
+            f"{peer} has it and is yet to confirm that it keeps it: is storage commitment enabled there, and can it "
+            "reach our AE title and port?"
+        )
     ended = [one for one in sent if one.state in ("refused", "failed")]
     for peer in sorted({one.peer for one in ended}):
         if kinds := ", ".join(one.object.kind for one in ended if one.peer == peer and one.stored_at is None):

@@ -6,6 +6,7 @@ and writes the outcome in one transaction. A bell that is lost is rung again by 
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import hashlib
 import itertools
@@ -505,6 +506,7 @@ def _log_our_way(**_: Any) -> None:
 @signals.worker_process_init.connect  # type: ignore[untyped-decorator]
 def _child_opens_its_own(**_: Any) -> None:
     node.cache_clear()
+    faulthandler.enable()  # one that crashes in a library leaves its stack in the log; that holds no data
     # Torch's threads spin between operations unless told otherwise, and take the other worker's core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

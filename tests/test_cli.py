@@ -79,6 +79,13 @@ def test_what_a_peer_took_and_did_not_confirm_is_not_said_to_be_missing_there(st
     assert "`lungnode retry 7`" in line
 
 
+@pytest.mark.parametrize("asks", [1, 2])
+def test_peer_that_is_slow_to_confirm_is_said_to_be_looked_at(asks: int) -> None:
+    made = Object(kind="sr", deliveries=[Delivery(peer="pacs", state="waiting", stored_at=1.0, asks=asks, reason="x")])
+    lines = to_do(Series(id=7, complete=True, analyses=[Analysis(state="done", objects=[made])]))
+    assert ["is storage commitment enabled there" in line for line in lines] == [True] * (asks - 1)
+
+
 @pytest.mark.parametrize(
     ("analysis", "deliveries", "word"),
     [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Orthanc, free_port, tool, wait_for
+from conftest import Orthanc, free_port, running_orthanc, tool, wait_for
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage, generate_uid
@@ -89,6 +89,13 @@ def test_orthanc_takes_one_object(objects: list[Path], orthanc: Orthanc) -> None
 
 @REFUSED
 @pytest.mark.peer
+def test_orthanc_that_is_called_otherwise_says_whose_setting_to_look_at(tmp_path: Path) -> None:
+    with running_orthanc(tmp_path / "orthanc", DicomCheckCalledAet=True) as archive:
+        peer = Peer(ae_title="WRONG", host="127.0.0.1", port=archive.port)
+        with pytest.raises(PeerError, match="Called AE title not recognised; is the peer's `ae_title` in our settings"):
+            echo(peer, "LUNGNODE")
+
+
 def test_file_whose_meta_lacks_its_uid_is_sent_too(objects: list[Path], storescp: tuple[Peer, Path]) -> None:
     peer, folder = storescp
     lacking = dcmread(objects[0])

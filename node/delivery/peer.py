@@ -260,6 +260,13 @@ def hexadecimal(status: int | None) -> str:
     return "nothing" if status is None else f"0x{status:04X}"
 
 
+#: Reason of a rejection → whose setting it is about (PS3.8 table 9-21, source 1).
+_MENDS = {
+    3: "; enter our AE title there (`listener.ae_title`)",
+    7: "; is the peer's `ae_title` in our settings its own?",
+}
+
+
 def _no_association(made: Association, peer: Peer, reached: bool) -> PeerError:
     """Why there is no association, in words (PS3.8 9.3.4, table 9-21: result, source, reason)."""
     where = f"{peer.ae_title} at {peer.host}:{peer.port}"
@@ -272,7 +279,9 @@ def _no_association(made: Association, peer: Peer, reached: bool) -> PeerError:
         # admin is about to enter: no object is given up for it, but the words say who has to act.
         for_good = getattr(answer, "result", 2) == 1
         how = "rejected the association until its settings change" if for_good else "rejected the association for now"
-        return PeerError(f"{where} {how}: {why}", permanent=False, reached=False)
+        # Source 1 is the service user, whose reasons 3 and 7 are the AE titles.
+        mend = _MENDS.get(getattr(answer, "diagnostic", 0), "") if getattr(answer, "result_source", 0) == 1 else ""
+        return PeerError(f"{where} {how}: {why}{mend}", permanent=False, reached=False)
     if made.rejected_contexts and not made.accepted_contexts:
         kinds = ", ".join(sorted({UID(str(c.abstract_syntax)).name for c in made.rejected_contexts}))
         return PeerError(f"{where} does not accept {kinds}", permanent=True)

@@ -218,7 +218,8 @@ def test_rejected_association_costs_no_attempt_and_says_what_to_change(ledger: L
             outbox(ledger, results, pacs.peer()).work_off()
             time.sleep(0.2)
     assert states(ledger) == ["waiting"] * 3
-    assert "rejected the association until its settings change: Calling AE title not recognised" in reasons(ledger)[0]
+    why = "rejected the association until its settings change: Calling AE title not recognised"
+    assert f"{why}; enter our AE title there (`listener.ae_title`)" in reasons(ledger)[0]
     with ledger() as session:
         assert {row.attempts for row in session.scalars(select(Delivery))} == {0}
         assert len(session.scalars(select(Event)).all()) == 1  # said once, not at every attempt

@@ -204,3 +204,12 @@ def test_the_commands(own: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["lungs", "infection"])
 def test_the_shipped_models_run(name: str) -> None:
     verify(load_bundle(name))
+
+
+@pytest.mark.parametrize("file", ["model.xml", "model.bin"])
+def test_verify_finds_damage_to_what_runs_on_a_cpu(tmp_path: Path, file: str) -> None:
+    shutil.copytree(BUNDLES / "infection", tmp_path / "mine")
+    with (tmp_path / "mine" / "models" / file).open("ab") as damaged:
+        damaged.write(b"x")
+    with pytest.raises(BundleError, match=rf"{file}: sha256 is .*; restore it from the release"):
+        verify(load_bundle("mine", tmp_path))
