@@ -361,14 +361,22 @@ def _settings(config: Path | None) -> Settings:
 
 def _ledger(config: Path | None) -> Ledger:
     """The installation's ledger, which must be there: a look at it makes nothing."""
+    from sqlalchemy.exc import OperationalError
+
+    from node import retention
     from node.ledger import Ledger
     from node.tasks import LEDGER
 
-    file = _settings(config).data / LEDGER
+    settings = _settings(config)
+    file = settings.data / LEDGER
     if not file.exists():
         _fail(f"no ledger at {file}: nothing was received yet, or --config or the working folder is another's")
     ledger = Ledger(f"sqlite:///{file}")
-    ledger.migrate()
+    try:
+        ledger.migrate()
+    except OperationalError as error:
+        mend = retention.pressure(settings) or "look at its file system, and at what else has it open"
+        _fail(f"the ledger cannot be opened now ({error.orig}), what it holds is kept: {mend}")
     return ledger
 
 

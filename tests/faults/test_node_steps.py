@@ -21,10 +21,12 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 from structlog.testing import capture_logs
+from typer.testing import CliRunner
 from whole_node import chest
 
 from node import ledger as ledger_module
 from node import reception, results, tasks
+from node.cli import app
 from node.config import Settings
 from node.delivery.peer import ByAssociation
 from node.intake import assembly as assembly_module
@@ -307,6 +309,16 @@ def test_disk_that_is_full_when_a_series_closes_leaves_it_open_until_it_can_be_r
     with bad_pacs(classes=CLASSES) as pacs:
         work_on(here, pacs)
         prove(here, pacs)
+
+
+def test_status_on_a_full_disk_says_so(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    receive(make_node(small_disk / "var", monkeypatch))
+    fill(small_disk, 0)
+    settings = small_disk.parent / "node.yaml"
+    settings.write_text(f"data: {small_disk / 'var'}\n")
+    told = CliRunner().invoke(app, ["status", "-c", str(settings)])
+    assert told.exit_code == 1
+    assert "what it holds is kept: 0 MB of disk are free" in told.output
 
 
 def test_ledger_on_a_file_system_that_turned_read_only_goes_on_when_it_is_back(
