@@ -180,6 +180,8 @@ def decode_frames(path: Path, frames: Sequence[Frame]) -> Iterator[NDArray[np.in
     ------
     VolumeError
         Pixel Data missing, short, or undecodable.
+    OSError
+        The file cannot be read.
     """
     uid = frames[0].sop_instance_uid
     if words := frames[0].words:
@@ -321,9 +323,12 @@ def _words(dataset: Dataset, element: bytes, end: int) -> Words | None:
 
 def _stored_words(path: Path, matrix: tuple[int, int], words: Words) -> NDArray[Any]:
     count = matrix[0] * matrix[1]
-    values = np.fromfile(path, "<i2" if words.signed else "<u2", count, offset=words.offset)
-    if len(values) < count:
-        raise ValueError("the file ends within its Pixel Data")
+    values = np.empty(count, "<i2" if words.signed else "<u2")
+    # Not by np.fromfile, to which a bad sector is the end of the file.
+    with path.open("rb", buffering=0) as file:
+        file.seek(words.offset)
+        if file.readinto(values.data) < values.nbytes:
+            raise ValueError("the file ends within its Pixel Data")
     if words.unused:
         # The shift back fills with zeros, or with the sign.
         values = (values << words.unused) >> words.unused

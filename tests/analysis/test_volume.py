@@ -169,6 +169,15 @@ def test_files_that_are_no_dicom(tmp_path):
         read_volume([])
 
 
+def test_pixels_that_cannot_be_read_are_no_short_file(tmp_path):
+    (path,) = write_series(tmp_path, axial_positions(1))
+    read = frames.read_frames(path)
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error"):
+        next(frames.decode_frames(path, read))
+
+
 def test_memory_stays_near_that_of_the_array(tmp_path):
     paths = write_series(tmp_path, axial_positions(64), np.zeros((64, 256, 256), np.uint16))
     tracemalloc.start()
