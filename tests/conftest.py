@@ -233,7 +233,7 @@ def running_orthanc(folder: Path, **more: Any) -> Iterator[Orthanc]:
         wait_for(answers, 30, "Orthanc's REST API")
         yield archive
     finally:
-        process.terminate()
+        process.kill()  # to end it well takes more than three seconds, and nobody looks at what it leaves
         process.wait(20)
 
 
