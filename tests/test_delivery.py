@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +56,9 @@ def storescp(tmp_path: Path) -> Iterator[tuple[Peer, Path]]:
     peer = Peer(ae_title="STORE", host="127.0.0.1", port=port)
 
     def listens() -> bool:
-        try:
-            echo(peer, "LUNGNODE")
-        except PeerError:
-            return False
-        return True
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return True
+        return False
 
     try:
         wait_for(listens, 10, "storescp")
