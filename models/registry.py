@@ -91,6 +91,9 @@ class Bundle:
 #: The weights' place within a bundle.
 WEIGHTS = Path("models") / "model.safetensors"
 
+#: The places of its OpenVINO IR, where it has one.
+IR = (Path("models") / "model.xml", Path("models") / "model.bin")
+
 
 def load_bundle(name_or_path: str | Path, installed: Path | None = None) -> Bundle:
     """Find a bundle and verify its weights.
@@ -153,8 +156,8 @@ def verify(bundle: Bundle) -> None:
     if min(sizes) <= 0 or channels not in (1, 3) or max(context, stride) > 64:
         raise BundleError(f"{file}: sizes must be positive, and a network have 1 (infection) or 3 (lungs) channels")
     if isinstance(record := bundle.metadata.get("openvino"), dict):
-        for name in ("model.xml", "model.bin"):
-            verified(bundle.path / "models" / name, str(record.get(name)))
+        for part in IR:
+            verified(bundle.path / part, str(record.get(part.name)))
     image = torch.full((1, 2 * context + 1, 4 * stride, 4 * stride), -1.0)
     image[..., stride:-stride, stride:-stride] = 0.0
     network = bundle.load()

@@ -24,12 +24,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from models.registry import Bundle, load_bundle, verified
+from models.registry import IR, Bundle, load_bundle, verified
 
 log = logging.getLogger(__name__)
-
-#: The IR's places within a bundle.
-IR = (Path("models") / "model.xml", Path("models") / "model.bin")
 
 #: Slabs that go through torch at once, on a CPU and on a card.
 _BATCH = {"cpu": 8, "cuda": 32}

@@ -262,10 +262,9 @@ class _Made:
 def _gave_way(here: Node, lease: Lease) -> bool:
     """End an analysis in whose place a later generation's stands: one that was under way when that came, and failed."""
     with here.ledger.read() as session:
-        generation = superseding.overtaken(session, session.get_one(Analysis, lease.row))
-    if generation is None:
+        reason = superseding.overtaken(session, session.get_one(Analysis, lease.row))
+    if reason is None:
         return False
-    reason = f"superseded by generation {generation}, before it was analysed"
     with lease.finish("superseded", reason) as session:
         here.ledger.tell_of(session, session.get_one(Analysis, lease.row), reason)
     return True

@@ -96,6 +96,7 @@ def test_orthanc_that_is_called_otherwise_says_whose_setting_to_look_at(tmp_path
             echo(peer, "LUNGNODE")
 
 
+@pytest.mark.peer
 def test_file_whose_meta_lacks_its_uid_is_sent_too(objects: list[Path], storescp: tuple[Peer, Path]) -> None:
     peer, folder = storescp
     lacking = dcmread(objects[0])

@@ -19,7 +19,7 @@ from pydicom.uid import UID, generate_uid
 from pynetdicom import evt
 from pynetdicom.presentation import PresentationContext, build_context
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at import
-from sqlalchemy import delete, select, update
+from sqlalchemy import ScalarResult, delete, select, update
 from sqlalchemy.orm import Session
 
 from node.config import Peer, Settings
@@ -199,19 +199,23 @@ def _take_back(ledger: Ledger, uid: str) -> None:
         session.execute(mine.values(asks=Delivery.asks - 1, due_at=0.0))
 
 
+def _asked_for(session: Session, uid: str) -> ScalarResult[Delivery]:
+    """What a transaction asked for, as far as it still waits."""
+    mine = (Delivery.transaction_uid == uid, Delivery.state == "waiting", Delivery.stored_at.is_not(None))
+    return session.scalars(select(Delivery).where(*mine))
+
+
 def _not_taken_on(ledger: Ledger, uid: str, reason: str) -> None:
     """Say of what a transaction asked for why it is not confirmed yet."""
-    mine = (Delivery.transaction_uid == uid, Delivery.state == "waiting", Delivery.stored_at.is_not(None))
     with ledger() as session:
-        for row in session.scalars(select(Delivery).where(*mine)):
+        for row in _asked_for(session, uid):
             row.reason = f"{row.object.kind} delivered, its confirmation not taken on: {reason}"
 
 
 def _give_up(ledger: Ledger, uid: str, reason: str, *, required: bool) -> None:
     """End what a transaction asked for, without the commitment."""
-    mine = (Delivery.transaction_uid == uid, Delivery.state == "waiting", Delivery.stored_at.is_not(None))
     with ledger() as session:
-        for row in session.scalars(select(Delivery).where(*mine)):
+        for row in _asked_for(session, uid):
             _unconfirmed(ledger, session, row, reason, required=required)
 
 

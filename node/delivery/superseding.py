@@ -30,12 +30,12 @@ def drop_waiting(ledger: Ledger, session: Session, newer: Series) -> None:
         heirs = any(_takes_the_place(one, analysis) for one in _heirs(newer, analysis))
         if heirs and analysis.state == "waiting":
             analysis.state, analysis.finished_at = "superseded", time.time()
-            analysis.reason = f"superseded by generation {newer.generation}, before it was analysed"
+            analysis.reason = _before_analysis(newer)
             ledger.tell_of(session, analysis, analysis.reason)
 
 
-def overtaken(session: Session, analysis: Analysis) -> int | None:
-    """The later generation that takes the place of an analysis which was begun before it came, and is to begin anew.
+def overtaken(session: Session, analysis: Analysis) -> str | None:
+    """Why an analysis that is to begin anew gives way: a later generation, which came meanwhile, takes its place.
 
     Its objects would come after those that stand in their place.
     """
@@ -43,7 +43,7 @@ def overtaken(session: Session, analysis: Analysis) -> int | None:
     query = select(Series).where(*later, Series.generation > analysis.series.generation).order_by(Series.generation)
     for newer in session.scalars(query):
         if any(_takes_the_place(one, analysis) and one.state not in _NOT_THERE for one in _heirs(newer, analysis)):
-            return newer.generation
+            return _before_analysis(newer)
     return None
 
 
@@ -84,6 +84,10 @@ def _heirs(newer: Series, older: Analysis) -> list[Analysis]:
     """Analyses of a newer generation that take the place of an earlier one: all, where none is of its acquisition."""
     mine = [one for one in newer.analyses if one.route == older.route]
     return [one for one in mine if _is_heir(one, older)] or mine
+
+
+def _before_analysis(newer: Series) -> str:
+    return f"superseded by generation {newer.generation}, before it was analysed"
 
 
 def _takes_the_place(newer: Analysis, older: Analysis) -> bool:
