@@ -6,11 +6,9 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 import structlog
-from pydicom import Dataset, dcmread
+from pydicom import Dataset
 from sqlalchemy import func, select
 
 from node.delivery import commitment, superseding
@@ -20,7 +18,7 @@ from node.intake.listener import Listener, ListenerOptions
 from node.intake.spool import Spool
 from node.intake.triage import Verdict, triage
 from node.ledger import Analysis, Series
-from node.tasks import Node, ring
+from node.tasks import Node, first_header, ring
 from node.telemetry import logs
 
 log = structlog.get_logger(__name__)
@@ -87,7 +85,7 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
     closed_because, complete = closed.reason, closed.complete
     try:
         verdicts = triage(closed)
-        header = _header(closed.paths)
+        header = first_header(closed.paths)
         names = here.settings.peer_names(closed.calling_ae)
         route = next((route for route in here.settings.routes if route.takes(names, header)), None)
         urgent = _urgent(header) or (route is not None and route.urgent)
@@ -144,23 +142,6 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
         bells = [analysis.id for analysis in series.analyses]
     log.info("triaged", series=closed.series_instance_uid, decision=decision)
     ring("analyse", bells)
-
-
-def _header(paths: Sequence[Path]) -> Dataset:
-    """The header of the first file that can be read: the analysis says, and tries again, where one of them cannot.
-
-    Raises
-    ------
-    OSError
-        None can be read. `FileNotFoundError` when they are all gone.
-    """
-    errors: list[OSError] = []
-    for path in paths:
-        try:
-            return dcmread(path, stop_before_pixels=True)
-        except OSError as error:
-            errors.append(error)
-    raise next((one for one in errors if not isinstance(one, FileNotFoundError)), errors[0])
 
 
 def _urgent(header: Dataset) -> bool:

@@ -13,7 +13,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -390,6 +390,23 @@ def _not_analysed(work: _Work, reason: str) -> _Made:
     return _Made("refused", f"not analysed: {reason}", made)
 
 
+def first_header(paths: Sequence[Path]) -> Dataset:
+    """The header of the first file that can be read: the analysis says, and tries again, where one of them cannot.
+
+    Raises
+    ------
+    OSError
+        None can be read. `FileNotFoundError` when they are all gone.
+    """
+    errors: list[OSError] = []
+    for path in paths:
+        try:
+            return dcmread(path, stop_before_pixels=True)
+        except OSError as error:
+            errors.append(error)
+    raise next((one for one in errors if not isinstance(one, FileNotFoundError)), errors[0])
+
+
 def _headers(paths: list[Path]) -> list[Dataset]:
     """Headers of the files that can be read, as one that cannot may be why the analysis failed.
 
@@ -487,7 +504,7 @@ def _rejection_notes(
 
 
 def _write_note(work: _Work, outdated: _Outdated) -> results.ResultObject:
-    header = dcmread(work.paths[0], stop_before_pixels=True)
+    header = first_header(work.paths)
     digest = hashlib.sha256(repr(outdated).encode()).hexdigest()[:8]
     return results.rejection_note(header, outdated, work.folder, f"rejection-note-{digest}", work.content_at, work.part)
 

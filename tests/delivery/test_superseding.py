@@ -205,6 +205,22 @@ def test_peers_that_have_the_same_get_one_note_and_a_retry_makes_no_other(
     assert [one.peer for one in newer.objects[-1].deliveries] == ["other", "pacs"]
 
 
+def test_note_is_written_though_the_first_file_of_the_series_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = make_node(tmp_path, monkeypatch, notes=True)
+    close(here, 30)
+    tasks.analyse(1)
+    sent(here)
+    close(here, 39)
+    first = here.spool / newest_first(here)[0].instances[0]
+    first.unlink()
+    first.symlink_to("/proc/self/mem")  # EIO, as of a bad sector
+    tasks.analyse(2)
+    newer = newest_first(here)[0].analyses[0]
+    assert (newer.state, newer.objects[-1].kind) == ("refused", "rejection-note")
+
+
 def test_note_is_written_while_others_write_to_the_ledger_and_names_what_was_sent_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
