@@ -135,7 +135,7 @@ def tool(name: str) -> str:
         "redis-server": "redis-server",
         "segimage2itkimage": "dcmqi (pip)",
     }
-    # The environment's own programs come last: pynetdicom brings a storescu of its own, with other options than DCMTK's.
+    # Last, the environment: pynetdicom brings a storescu of its own, with other options than that of DCMTK.
     own = str(Path(sys.executable).parent)
     system = [folder for folder in os.environ["PATH"].split(os.pathsep) if folder != own]
     found = shutil.which(name, path=os.pathsep.join([*system, "/usr/sbin", own]))
