@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from PIL import Image
 from pydicom import dcmread
-from pynetdicom import AE, evt
+from pynetdicom import evt
 from pynetdicom.presentation import AllStoragePresentationContexts, build_context
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -30,6 +30,7 @@ from node.cli import render
 from node.config import CONFIG_VARIABLE, Peer, load
 from node.delivery.peer import VERIFICATION, Outgoing, PeerError, echo
 from node.delivery.push import push_all
+from node.identity import application_entity
 from node.images.phantom_series import write_series
 from node.ledger.store import Series
 from node.tasks import Node
@@ -112,7 +113,7 @@ def _archive(peer: Peer, folder: Path) -> Iterator[None]:
         (folder / f"{request.AffectedSOPInstanceUID}.dcm").write_bytes(event.encoded_dataset())
         return 0x0000
 
-    entity = AE(ae_title=peer.ae_title)
+    entity = application_entity(peer.ae_title)
     entity.supported_contexts = [*AllStoragePresentationContexts, build_context(VERIFICATION)]
     server = entity.start_server((peer.host, peer.port), block=False, evt_handlers=[(evt.EVT_C_STORE, keep)])
     try:

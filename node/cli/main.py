@@ -41,14 +41,23 @@ Config = Annotated[Path | None, typer.Option("--config", "-c", help="Settings fi
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"lungnode {__version__}", highlight=False)
+        raise typer.Exit
+
+
+#: Eager, so that no command need follow.
+_Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+]
+
+
 @app.callback()
-def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+def _main(version: _Version = False) -> None:
     from node.telemetry import logs
 
     logs.configure("WARNING")  # commands that run as services say more
-    if version:
-        out.print(__version__)
-        raise typer.Exit
 
 
 @app.command()

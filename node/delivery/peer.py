@@ -13,11 +13,12 @@ from typing import Any
 from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
-from pynetdicom import AE, _config, evt
+from pynetdicom import _config, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext, build_context
 
 from node.config import Peer
+from node.identity import application_entity
 
 # Files go out from disk in fragments, never whole in memory (a 166 MB object took 145 MB instead of 547 MB).
 _config.STORE_SEND_CHUNKED_DATASET = True
@@ -129,7 +130,7 @@ def answering_association(
     peer: Peer, calling_ae: str, contexts: list[PresentationContext], handlers: Sequence[tuple[Any, ...]] = ()
 ) -> Iterator[Association]:
     """An association on which `handlers` answer what the peer asks; otherwise as `association`."""
-    entity = AE(ae_title=calling_ae)
+    entity = application_entity(calling_ae)
     entity.connection_timeout = CONNECT_S
     entity.acse_timeout = entity.dimse_timeout = TIMEOUT_S
     entity.network_timeout = 2 * TIMEOUT_S

@@ -20,23 +20,17 @@ from typing import Any, Final
 import structlog
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
-from pynetdicom import AE, evt, sop_class
+from pynetdicom import evt, sop_class
 from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import SOPClassCommonExtendedNegotiation
 from pynetdicom.presentation import AllStoragePresentationContexts, PresentationContext, build_context
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at import
 from pynetdicom.transport import AssociationServer
 
+from node.identity import application_entity
 from node.intake.assembly import Assembly, AssociationId, Ending
 from node.intake.header import HeaderError, InstanceHeader, read_header
-from node.intake.spool import (
-    IMPLEMENTATION_CLASS_UID,
-    IMPLEMENTATION_VERSION,
-    InvalidUIDError,
-    Part,
-    Spool,
-    SpoolFullError,
-)
+from node.intake.spool import InvalidUIDError, Part, Spool, SpoolFullError
 from node.intake.transport import DIRECT, MAXIMUM_PDU, STOCK, StoreRequest, Transport, amid_instance, serve
 from node.telemetry.logs import plainly
 
@@ -201,9 +195,7 @@ class Listener:
             The address or port cannot be had.
         """
         options = self.options
-        ae = AE(options.ae_title)
-        ae.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
-        ae.implementation_version_name = IMPLEMENTATION_VERSION
+        ae = application_entity(options.ae_title)
         ae.maximum_pdu_size = MAXIMUM_PDU
         # Counted and told by us: pynetdicom counts every connection, also one that never asks for an association.
         ae.maximum_associations = 1 << 30

@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 from pydicom import Dataset
-from pynetdicom import AE
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made at import
     StudyRootQueryRetrieveInformationModelFind,
 )
 
 from node.config import Peer
+from node.identity import application_entity
 from node.telemetry.logs import plainly
 
 log = structlog.stdlib.get_logger(__name__)
@@ -92,7 +92,7 @@ class Counter:
 
 def count_instances(peer: Peer, ae_title: str, study_uid: str, series_uid: str) -> int | None:
     """Number of Series Related Instances (0020,1209) as the peer has it; None when it does not say."""
-    ae = AE(ae_title)
+    ae = application_entity(ae_title)
     ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = TIMEOUT_S
     ae.add_requested_context(QUERY_MODEL)
     association = ae.associate(peer.host, peer.port, ae_title=peer.ae_title)

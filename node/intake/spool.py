@@ -28,15 +28,10 @@ from typing import Literal
 
 import structlog
 
-from node import __version__
+from node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from node.intake.header import HeaderError, InstanceHeader, read_header
 
 log = structlog.stdlib.get_logger(__name__)
-
-#: Our Implementation Class UID (PS3.7 D.3.3.2.1), a UUID-derived UID (PS3.5 B.2) that names this software for ever.
-IMPLEMENTATION_CLASS_UID = "2.25.236250589914516971170341255605065768586"
-#: Implementation Version Name, at most 16 characters (PS3.7 D.3.3.2.4).
-IMPLEMENTATION_VERSION = f"LUNGNODE {__version__}"[:16]
 
 #: Digits in components, at most 64 characters (PS3.5 9.1). Leading zeros, which 9.1 forbids, are let through: scanners
 #: write them, and they do no harm in a path.
@@ -346,7 +341,7 @@ def file_meta(
             _element(0x0003, b"UI", _valid(sop_instance_uid).encode()),
             _element(0x0010, b"UI", _valid(transfer_syntax_uid).encode()),
             _element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID.encode()),
-            _element(0x0013, b"SH", IMPLEMENTATION_VERSION.encode()),
+            _element(0x0013, b"SH", IMPLEMENTATION_VERSION_NAME.encode()),
             # Source and Receiving Application Entity Title.
             _element(0x0016, b"AE", calling_ae.encode("ascii", "replace")[:16]),
             _element(0x0018, b"AE", called_ae.encode("ascii", "replace")[:16]),

@@ -11,7 +11,8 @@ from pydicom.sr.coding import Code
 from pydicom.uid import BasicTextSRStorage
 
 from node import __version__
-from node.results.provenance import MODEL_NAME, NOT_FOR_DIAGNOSIS, Analysis, code_item, describe
+from node.identity import MODEL_NAME
+from node.results.provenance import NOT_FOR_DIAGNOSIS, Analysis, code_item, describe
 
 
 def not_analysed(reason: str, analysis: Analysis) -> Dataset:

@@ -24,12 +24,13 @@ from reportlab.pdfbase.ttfonts import TTFont
 from reportlab.platypus import Flowable, Image, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
 
 from node import __version__
+from node.identity import MODEL_NAME
 from node.images.volume import Volume
 from node.methods.pneumonia.findings import Findings
 from node.results.capture.drawing import PatientView, axial, projection
 from node.results.capture.maker import references
 from node.results.capture.typesetting import MEDIUM, REGULAR, font_file, typographic
-from node.results.provenance import MODEL_NAME, NOT_FOR_DIAGNOSIS, Analysis, code_item, describe
+from node.results.provenance import NOT_FOR_DIAGNOSIS, Analysis, code_item, describe
 from node.results.trend import Earlier, course
 from node.results.wording import LIMITS, coverage, rules, summary
 

@@ -21,9 +21,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from models.registry import ModelIdentity
 from node import __version__
-
-#: Manufacturer and Manufacturer's Model Name of everything made here.
-MANUFACTURER = MODEL_NAME = "lungnode"
+from node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, MANUFACTURER, MODEL_NAME
 
 #: Goes into every object, in the words that a reader can see.
 NOT_FOR_DIAGNOSIS = "AI result, not for primary diagnosis"
@@ -296,8 +294,8 @@ def _file_meta(dataset: Dataset) -> FileMetaDataset:
     meta.MediaStorageSOPClassUID = dataset.SOPClassUID
     meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.ImplementationClassUID = UID(uid_of("implementation"))
-    meta.ImplementationVersionName = f"LUNGNODE {__version__}"[:16]
+    meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
+    meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
     return meta
 
 

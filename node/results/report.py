@@ -26,11 +26,12 @@ from pydicom.sr.coding import Code
 from pydicom.uid import Comprehensive3DSRStorage, ComprehensiveSRStorage
 
 from node import __version__
+from node.identity import MANUFACTURER, MODEL_NAME
 from node.images.volume import Volume
 from node.methods.pneumonia.findings import LEFT, RIGHT, Findings, Lesion, Region
 from node.results.contour import outer_contour
 from node.results.forms import SEGMENTATIONS, Profile
-from node.results.provenance import MANUFACTURER, MODEL_NAME, NOT_FOR_DIAGNOSIS, Analysis, describe, uid_of
+from node.results.provenance import NOT_FOR_DIAGNOSIS, Analysis, describe, uid_of
 from node.results.segmentation import LEFT_LUNG, PNEUMONIA, RIGHT_LUNG, segments, sop_class_uid
 from node.results.wording import LIMITS, coverage, sentences
 

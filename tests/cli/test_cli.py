@@ -13,6 +13,7 @@ from conftest import REPOSITORY, free_port, running_node, wait_for
 from rich.console import Console
 from typer.testing import CliRunner
 
+from node import __version__
 from node.cli.main import app
 from node.cli.render import all_series, as_json, state, table, timeline, to_do
 from node.config import load
@@ -188,3 +189,7 @@ def test_demo_clears_no_folder_but_its_own(tmp_path: Path) -> None:
     assert "not empty and not of a demo" in lines("demo", "--out", str(tmp_path), exit_code=1)
     assert "which the demo would clear" in lines("demo", str(tmp_path), "--out", str(tmp_path), exit_code=1)
     assert (tmp_path / "mine").exists()
+
+
+def test_version_needs_no_command() -> None:
+    assert lines("--version").strip() == f"lungnode {__version__}"

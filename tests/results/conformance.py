@@ -21,6 +21,7 @@ from pydicom.tag import BaseTag
 from pydicom.uid import UID
 from synthetic_chest import MOMENT, Shape, make_chest
 
+from node import identity
 from node.delivery import commitment, peer
 from node.intake import listener, series_count, transport
 from node.methods.pneumonia import triage
@@ -144,8 +145,8 @@ def _name(uid: str) -> str:
 def limits() -> str:
     told = [
         ("application context", "1.2.840.10008.3.1.1.1"),
-        ("implementation class UID", listener.IMPLEMENTATION_CLASS_UID),
-        ("implementation version name", listener.IMPLEMENTATION_VERSION),
+        ("implementation class UID", identity.IMPLEMENTATION_CLASS_UID),
+        ("implementation version name", identity.IMPLEMENTATION_VERSION_NAME),
         ("largest PDU received", f"{transport.MAXIMUM_PDU} bytes"),
         ("largest PDU asked for when sending", f"{peer.MAX_PDU} bytes"),
         ("presentation contexts on an association that we open", f"{peer.MAX_CONTEXTS} at most"),

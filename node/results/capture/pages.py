@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from models.registry import ModelIdentity
 from node import __version__
+from node.identity import MODEL_NAME
 from node.methods.pneumonia.findings import Findings, Region
 from node.results.capture.drawing import INFECTION, LUNG, PatientView, axial, projection
 from node.results.capture.typesetting import (
@@ -29,7 +30,7 @@ from node.results.capture.typesetting import (
     write,
 )
 from node.results.forms import CAPTURE_FORMS
-from node.results.provenance import MODEL_NAME, NOT_FOR_DIAGNOSIS
+from node.results.provenance import NOT_FOR_DIAGNOSIS
 from node.results.trend import Earlier, course
 from node.results.wording import Rule, counted, rules, summary
 
