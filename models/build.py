@@ -66,8 +66,9 @@ _REFUSED: Final = frozenset(("pretrained", "progress"))
 _MOST, _LONGEST = 4096, 64
 #: Lists in lists: kernel sizes by level and axis.
 _DEEPEST = 3
-#: The most modules and numbers of a network: 2 GB of weights in float32, which is the most that an archive may hold.
-_MOST_MODULES, _MOST_WEIGHTS = 20_000, 500_000_000
+#: The most modules and numbers of a network: those of the table have up to 500 modules, and 2 GB of weights in
+#: float32 are the most that an archive may hold.
+_MOST_MODULES, _MOST_WEIGHTS = 5_000, 500_000_000
 
 
 def build(network_def: Mapping[str, Any], device: str = "cpu") -> nn.Module:
