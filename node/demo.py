@@ -30,7 +30,9 @@ from node import status
 from node.config import CONFIG_VARIABLE, Peer, load
 from node.delivery.peer import VERIFICATION, Outgoing, PeerError, echo
 from node.delivery.push import push_all
+from node.intake.listener import CANNOT_UNDERSTAND
 from node.ledger import Series
+from node.paths import InvalidUIDError, valid_uid, within
 from node.phantom import write_series
 from node.tasks import Node
 
@@ -109,7 +111,11 @@ def _archive(peer: Peer, folder: Path) -> Iterator[None]:
 
     def keep(event: evt.Event) -> int:
         request: Any = event.request
-        (folder / f"{request.AffectedSOPInstanceUID}.dcm").write_bytes(event.encoded_dataset())
+        try:
+            path = within(folder, f"{valid_uid(str(request.AffectedSOPInstanceUID))}.dcm")
+        except InvalidUIDError:
+            return CANNOT_UNDERSTAND
+        path.write_bytes(event.encoded_dataset())
         return 0x0000
 
     entity = AE(ae_title=peer.ae_title)
@@ -212,7 +218,7 @@ def _show(series: Series, out: Path, console: Console) -> None:
             console.print(Text(analysis.about(analysis.reason), style="yellow"))
         console.print()
         for made in analysis.objects:
-            received = out / "archive" / f"{made.sop_instance_uid}.dcm"
+            received = within(out / "archive", f"{valid_uid(made.sop_instance_uid)}.dcm")
             if not received.exists():
                 continue
             console.print(f"{made.kind:14} {_short(received)}", soft_wrap=True, highlight=False)

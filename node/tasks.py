@@ -38,6 +38,7 @@ from node.config import Settings, load
 from node.delivery import superseding
 from node.delivery.outbox import Outbox
 from node.ledger import Analysis, Delivery, Lease, Ledger, Object, Series, State
+from node.paths import valid_uid, within
 from node.processes import settle
 from node.profile import FALLBACK, Profile
 from node.telemetry import logs
@@ -283,10 +284,10 @@ def _begin(here: Node, row: int) -> _Work:
         return _Work(
             row,
             series.series_instance_uid,
-            [here.spool / name for name in analysis.instances or series.instances],
+            [within(here.spool, name) for name in analysis.instances or series.instances],
             results.Part(analysis.acquisition, series.analyses.index(analysis)),
             analysis.note,
-            here.results / series.series_instance_uid / f"{series.generation}-{analysis.id}",
+            within(here.results, valid_uid(series.series_instance_uid), f"{series.generation}-{analysis.id}"),
             {peer: here.settings.profile(peer, kinds) for peer, kinds in analysis.destinations.items()},
             analysis.tell,
             analysis.not_analysed,

@@ -32,12 +32,12 @@ from node.intake.header import HeaderError, InstanceHeader, read_header
 from node.intake.spool import (
     IMPLEMENTATION_CLASS_UID,
     IMPLEMENTATION_VERSION,
-    InvalidUIDError,
     Part,
     Spool,
     SpoolFullError,
 )
 from node.intake.transport import DIRECT, MAXIMUM_PDU, STOCK, StoreRequest, Transport, amid_instance, serve
+from node.paths import InvalidUIDError
 from node.telemetry.logs import plainly
 
 log = structlog.stdlib.get_logger(__name__)
