@@ -14,10 +14,10 @@ from raw_peer import RELEASE, RawPeer, store
 from sqlalchemy import select
 
 from node import tasks
+from node.analysis.priors import _header
+from node.cli.demo import _archive
 from node.config import Peer, Settings
-from node.demo import _archive
-from node.earlier import _header
-from node.ledger import Analysis, Series
+from node.ledger.store import Analysis, Series
 from node.paths import InvalidUIDError, UnsafePathError, valid_uid, within
 
 FOLDER = Path("/data/spool")

@@ -29,13 +29,7 @@ from pynetdicom.transport import AssociationServer
 
 from node.intake.assembly import Assembly, AssociationId, Ending
 from node.intake.header import HeaderError, InstanceHeader, read_header
-from node.intake.spool import (
-    IMPLEMENTATION_CLASS_UID,
-    IMPLEMENTATION_VERSION,
-    Part,
-    Spool,
-    SpoolFullError,
-)
+from node.intake.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION, Part, Spool, SpoolFullError
 from node.intake.transport import DIRECT, MAXIMUM_PDU, STOCK, StoreRequest, Transport, amid_instance, serve
 from node.paths import InvalidUIDError
 from node.telemetry.logs import plainly
