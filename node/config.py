@@ -65,8 +65,19 @@ class Listener(_Section):
 class Stow(_Section):
     """The DICOMweb service of a peer (PS3.18 10.5)."""
 
-    url: str = Field(pattern=r"^https?://[^/\s@]+(/\S*)?$", examples=["https://pacs.example/dicom-web"])
+    url: str = Field(pattern=r"^https?://[^/\s@?#\\]+(/[^\s?#\\]*)?$", examples=["https://pacs.example/dicom-web"])
     """its address, up to but without /studies; credentials are read from the environment"""
+
+    @field_validator("url", mode="before")
+    @classmethod
+    def _holds_no_credentials(cls, value: Any) -> Any:
+        address = str(value).partition("://")[2].partition("/")[0]
+        if "@" in address or "?" in str(value):
+            raise ValueError("holds credentials, or a query, which may be some")
+        return value
+
+    insecure: bool = False
+    """true sends the credentials over http:// too, in the clear; without it they go over https:// only"""
     ca: Path | None = None
     """PEM file of the authority that signed the service's certificate, where the system does not know it"""
     certificate: Path | None = None
@@ -393,10 +404,12 @@ def _section(location: _Location) -> dict[str, Any]:
             here = here.get("properties", {}).get(part, here.get("additionalProperties", {}))
         if not isinstance(here, dict):  # additionalProperties: false
             return {}
-        if "$ref" in here:
+        # A section that may be left out is one of two schemas, the other of which is null.
+        references = [one["$ref"] for one in (here, *here.get("anyOf", ())) if "$ref" in one]
+        if references:
             here = {
-                **whole["$defs"][here["$ref"].rsplit("/", 1)[1]],
-                **{k: v for k, v in here.items() if k != "$ref"},
+                **whole["$defs"][references[0].rsplit("/", 1)[1]],
+                **{k: v for k, v in here.items() if k not in ("$ref", "anyOf")},
             }
     return dict(here)
 

@@ -40,6 +40,7 @@ from node.methods.pneumonia import pipeline
 from node.methods.pneumonia.findings import Findings
 from node.methods.pneumonia.serialise import summary
 from node.operations.supervisor import settle
+from node.paths import valid_uid, within
 from node.results import makers
 from node.results.forms import FALLBACK, Profile
 from node.telemetry import logs
@@ -285,10 +286,10 @@ def _begin(here: Node, row: int) -> _Work:
         return _Work(
             row,
             series.series_instance_uid,
-            [here.spool / name for name in analysis.instances or series.instances],
+            [within(here.spool, name) for name in analysis.instances or series.instances],
             makers.Part(analysis.acquisition, series.analyses.index(analysis)),
             analysis.note,
-            here.results / series.series_instance_uid / f"{series.generation}-{analysis.id}",
+            within(here.results, valid_uid(series.series_instance_uid), f"{series.generation}-{analysis.id}"),
             {peer: here.settings.profile(peer, kinds) for peer, kinds in analysis.destinations.items()},
             analysis.tell,
             analysis.not_analysed,

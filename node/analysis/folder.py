@@ -20,6 +20,7 @@ from node.intake.spool import Stored
 from node.methods.pneumonia import pipeline
 from node.methods.pneumonia.serialise import summary
 from node.methods.pneumonia.triage import Verdict, triage
+from node.paths import InvalidUIDError, valid_uid, within
 from node.results import makers
 from node.tasks import segmenter
 
@@ -63,12 +64,12 @@ def analyse_folder(folder: Path, out: Path, device: str, progress: Progress) -> 
     several = len({one.series_instance_uid for _, one, _, _ in chosen}) > 1
     done = []
     for name, one, verdict, part in chosen:
-        target = out / one.series_instance_uid if several else out
-        if sum(other is one for _, other, _, _ in chosen) > 1:
-            target /= re.sub("[^a-z0-9.]+", "-", part.name)
         try:
+            target = within(out, valid_uid(one.series_instance_uid)) if several else out
+            if sum(other is one for _, other, _, _ in chosen) > 1:
+                target = within(target, re.sub("[^a-z0-9.]+", "-", part.name))
             done.append(_analyse(one, verdict, part, target, out, device, progress, bar))
-        except VolumeError as reason:
+        except (VolumeError, InvalidUIDError) as reason:
             reasons.append(f"{name}: not analysed: {reason}")
             missed.append(reasons[-1])
     if not done:

@@ -32,7 +32,9 @@ from node.delivery.peer import VERIFICATION, Outgoing, PeerError, echo
 from node.delivery.push import push_all
 from node.identity import application_entity
 from node.images.phantom_series import write_series
+from node.intake.listener import CANNOT_UNDERSTAND
 from node.ledger.store import Series
+from node.paths import InvalidUIDError, valid_uid, within
 from node.tasks import Node
 
 #: The phantom of the demo: a thorax with ground glass and consolidation in both lungs.
@@ -110,7 +112,11 @@ def _archive(peer: Peer, folder: Path) -> Iterator[None]:
 
     def keep(event: evt.Event) -> int:
         request: Any = event.request
-        (folder / f"{request.AffectedSOPInstanceUID}.dcm").write_bytes(event.encoded_dataset())
+        try:
+            path = within(folder, f"{valid_uid(str(request.AffectedSOPInstanceUID))}.dcm")
+        except InvalidUIDError:
+            return CANNOT_UNDERSTAND
+        path.write_bytes(event.encoded_dataset())
         return 0x0000
 
     entity = application_entity(peer.ae_title)
@@ -213,7 +219,7 @@ def _show(series: Series, out: Path, console: Console) -> None:
             console.print(Text(analysis.about(analysis.reason), style="yellow"))
         console.print()
         for made in analysis.objects:
-            received = out / "archive" / f"{made.sop_instance_uid}.dcm"
+            received = within(out / "archive", f"{valid_uid(made.sop_instance_uid)}.dcm")
             if not received.exists():
                 continue
             console.print(f"{made.kind:14} {_short(received)}", soft_wrap=True, highlight=False)

@@ -149,10 +149,15 @@ def _work_on(queue: str, url: str) -> None:
     Analysis runs in a child process, one at a time, so that a crash in a network or the kernel's out-of-memory killer
     takes the child and not the worker; delivery waits on the network, so threads serve it.
     """
+    import structlog
+
     from node import tasks
+    from node.delivery.stow import credentials_in_the_clear
 
     tasks.app.conf.broker_url = url
     if queue == "deliver":
+        for peer, what, hint in credentials_in_the_clear(tasks.node().settings):
+            structlog.get_logger(__name__).warning("credentials in the clear", peer=peer, what=what, mend=hint)
         # Not in the other worker, which forks: a child forked in the midst of a sweep inherits SQLite's locks for good.
         tasks.Sweeper(tasks.node()).start()
         # A thread for each peer, so that one that hangs delays nobody else's objects, and one to see that it does.
@@ -348,7 +353,11 @@ def phantom(
 @config_app.command("check")
 def config_check(file: Annotated[Path, typer.Argument(help="Settings file.")]) -> None:
     """Check a settings file; each error names line, key and the mend."""
+    from node.delivery.stow import credentials_in_the_clear
+
     settings = _settings(file)
+    for peer, what, hint in credentials_in_the_clear(settings):
+        err.print(f"peer {peer}: {what}: {hint}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     out.print(
         f"{file} is good: {settings.listener.ae_title} on port {settings.listener.port}, "
         f"{len(settings.peers)} peers, {len(settings.routes)} routes",

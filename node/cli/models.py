@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from node.config import CONFIG_VARIABLE, ConfigError, load
 
@@ -109,7 +110,7 @@ def models_list(
     config: Config = None,
 ) -> None:
     """List the models: version, digest, licence and what was measured of them."""
-    from models.registry import BundleError, list_bundles, load_bundle
+    from models.registry import BundleError, list_bundles, load_bundle, shown
 
     folder = _installed(config)
     rows: list[dict[str, str]] = []
@@ -125,7 +126,7 @@ def models_list(
                 "name": bundle.name,
                 "version": bundle.version,
                 "digest": f"ok, {bundle.sha256[:12]}",
-                "licence": str(about.get("license", "not stated")),
+                "licence": shown(about.get("license", "not stated")),
                 "measured": "; ".join(_headlines(about)) or "nothing",
             }
         )
@@ -134,7 +135,7 @@ def models_list(
         return
     table = Table("model", "version", "digest", "licence", "measured")
     for row in rows:
-        table.add_row(*row.values(), style="red" if row["digest"].startswith("wrong") else None)
+        table.add_row(*map(Text, row.values()), style="red" if row["digest"].startswith("wrong") else None)
     out.print(table)
 
 
@@ -153,7 +154,7 @@ def models_verify(
             verify(bundle)
         except BundleError as error:
             wrong += 1
-            err.print(f"{one}: {error}", style="red", highlight=False, soft_wrap=True)
+            err.print(f"{one}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         else:
             out.print(f"{bundle.name} {bundle.version}: digest ok, loads, runs", highlight=False)
     if wrong:
@@ -176,7 +177,7 @@ def models_install(
     except BundleError as error:
         _fail(str(error))
     for one in left_out:
-        err.print(f"left out, not needed: {one}", highlight=False, soft_wrap=True)
+        err.print(f"left out, not needed: {one}", highlight=False, markup=False, soft_wrap=True)
     _tell_installed(bundle)
 
 
@@ -215,11 +216,18 @@ def _tell_installed(bundle: Bundle) -> None:
 
 
 def _headlines(metadata: dict[str, Any]) -> list[str]:
-    """Dice of each data set, cross-validated where that was done."""
-    figures = [*metadata.get("cross_validation", ()), *metadata.get("held_out", ())]
-    dice = {
-        one["source"]: one["mean"] for one in reversed(figures) if one["measure"] in ("Dice lungs", "Dice infection")
-    }
+    """Dice of each data set, cross-validated where that was done; nothing where figures have another form."""
+    from models.registry import shown
+
+    try:
+        figures = [*metadata.get("cross_validation", ()), *metadata.get("held_out", ())]
+        dice = {
+            shown(one["source"], 40): float(one["mean"])
+            for one in reversed(figures)
+            if one["measure"] in ("Dice lungs", "Dice infection")
+        }
+    except (KeyError, TypeError, ValueError):
+        return []
     return [f"Dice {value:.2f} on {source}" for source, value in dice.items()]
 
 
@@ -256,5 +264,5 @@ def _progress() -> Progress:
 
 
 def _fail(message: str) -> NoReturn:
-    err.print(message, style="red", highlight=False, soft_wrap=True)
+    err.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(1)

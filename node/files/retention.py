@@ -19,6 +19,7 @@ from sqlalchemy import delete, select
 from node.config import Settings
 from node.intake.spool import END
 from node.ledger.store import Commitment, Ledger, Series
+from node.paths import UID, within
 
 log = structlog.get_logger(__name__)
 
@@ -45,9 +46,11 @@ def drop_old(settings: Settings, ledger: Ledger) -> int:
     before = time.time() - settings.retention.days * _DAY_S
     dropped = 0
     for folder in sorted((settings.data / "spool").glob("*/*")):
-        if not _is_old(folder, before) or not _finished(ledger, folder.name, before) or not _remove(folder, before):
+        if not UID.match(folder.name) or not _is_old(folder, before):
             continue
-        _remove_tree(settings.data / "results" / folder.name)
+        if not _finished(ledger, folder.name, before) or not _remove(folder, before):
+            continue
+        _remove_tree(within(settings.data / "results", folder.name))
         with suppress(OSError):
             folder.parent.rmdir()  # the study, once it is empty
         with ledger() as session:

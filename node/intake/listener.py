@@ -30,8 +30,9 @@ from pynetdicom.transport import AssociationServer
 from node.identity import application_entity
 from node.intake.assembly import Assembly, AssociationId, Ending
 from node.intake.header import HeaderError, InstanceHeader, read_header
-from node.intake.spool import InvalidUIDError, Part, Spool, SpoolFullError
+from node.intake.spool import Part, Spool, SpoolFullError
 from node.intake.transport import DIRECT, MAXIMUM_PDU, STOCK, StoreRequest, Transport, amid_instance, serve
+from node.paths import InvalidUIDError
 from node.telemetry.logs import plainly
 
 log = structlog.stdlib.get_logger(__name__)

@@ -16,7 +16,6 @@ import errno
 import itertools
 import mmap
 import os
-import re
 import shutil
 import struct
 import threading
@@ -30,12 +29,9 @@ import structlog
 
 from node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from node.intake.header import HeaderError, InstanceHeader, read_header
+from node.paths import UID, InvalidUIDError, valid_uid, within
 
 log = structlog.stdlib.get_logger(__name__)
-
-#: Digits in components, at most 64 characters (PS3.5 9.1). Leading zeros, which 9.1 forbids, are let through: scanners
-#: write them, and they do no harm in a path.
-UID = re.compile(r"(?=.{1,64}\Z)[0-9]+(?:\.[0-9]+)*\Z", re.ASCII)
 
 #: Name in a series' folder of the file that says how many instances there were when its sender came to an end.
 END = "end"
@@ -51,10 +47,6 @@ _KNOWN_FOLDERS = 4096
 _CHECK_EVERY = 16 << 20
 
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-
-
-class InvalidUIDError(ValueError):
-    """A UID is no UID; the message does not quote it, for it can hold anything."""
 
 
 class SpoolFullError(OSError):
@@ -158,7 +150,7 @@ class Part:
             The filesystem failed otherwise. Nothing is left behind after any of the three.
         """
         try:
-            path = self._spool.folder(study_uid, series_uid) / f"{_valid(sop_uid)}.dcm"
+            path = within(self._spool.folder(study_uid, series_uid), f"{valid_uid(sop_uid)}.dcm")
             with suppress(FileNotFoundError):
                 return self._kept(path)
             self._spool.ensure(path.parent)
@@ -309,7 +301,7 @@ class Spool:
 
     def folder(self, study_uid: str, series_uid: str) -> Path:
         """Where instances of a series are kept; raises `InvalidUIDError` for what is no UID."""
-        return self.root / _valid(study_uid) / _valid(series_uid)
+        return within(self.root, valid_uid(study_uid), valid_uid(series_uid))
 
     def ensure(self, folder: Path) -> None:
         """Make a series folder; the names that lead to it are on disk when this returns."""
@@ -337,9 +329,9 @@ def file_meta(
     elements = b"".join(
         (
             _element(0x0001, b"OB", b"\0\1"),
-            _element(0x0002, b"UI", _valid(sop_class_uid).encode()),
-            _element(0x0003, b"UI", _valid(sop_instance_uid).encode()),
-            _element(0x0010, b"UI", _valid(transfer_syntax_uid).encode()),
+            _element(0x0002, b"UI", valid_uid(sop_class_uid).encode()),
+            _element(0x0003, b"UI", valid_uid(sop_instance_uid).encode()),
+            _element(0x0010, b"UI", valid_uid(transfer_syntax_uid).encode()),
             _element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID.encode()),
             _element(0x0013, b"SH", IMPLEMENTATION_VERSION_NAME.encode()),
             # Source and Receiving Application Entity Title.
@@ -360,12 +352,6 @@ def _element(number: int, vr: bytes, value: bytes) -> bytes:
     if vr == b"OB":
         return struct.pack("<HH2sHL", 2, number, vr, 0, len(value)) + value
     return struct.pack("<HH2sH", 2, number, vr, len(value)) + value
-
-
-def _valid(uid: str) -> str:
-    if not UID.match(uid):
-        raise InvalidUIDError("a UID is not digits and dots of at most 64 characters (PS3.5 9.1)")
-    return uid
 
 
 def _dataset_start(head: bytes | mmap.mmap) -> int:

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from made_instances import SERIES, STUDY, dataset, dataset_bytes, encoded
 from pydicom import dcmread
 
-from node.intake.spool import UID, InvalidUIDError, Part, Spool, SpoolFullError, Stored
+from node.intake.spool import Part, Spool, SpoolFullError, Stored
+from node.paths import UID, InvalidUIDError
 
 EXPLICIT = "1.2.840.10008.1.2.1"
 Keep = Callable[..., Stored]
