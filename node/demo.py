@@ -22,7 +22,7 @@ from pydicom import dcmread
 from pynetdicom import AE, evt
 from pynetdicom.presentation import AllStoragePresentationContexts, build_context
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn
 from rich.text import Text
 
 from models.training.phantom import phantom
@@ -33,6 +33,7 @@ from node.delivery.push import push_all
 from node.ledger import Series
 from node.phantom import write_series
 from node.tasks import Node
+from node.terminal import cell, progress
 
 #: The phantom of the demo: a thorax with ground glass and consolidation in both lungs.
 SEED = 7
@@ -161,7 +162,7 @@ def _wait_for_echo(me: Peer, node: subprocess.Popen[bytes], log_file: Path) -> N
 
 def _send(items: list[Outgoing], me: Peer, console: Console) -> None:
     refused: list[PeerError] = []
-    with _bars(console) as bars:
+    with progress(console, "{task.description}", MofNCompleteColumn()) as bars:
         bar = bars.add_task("C-STORE to LUNGNODE", total=len(items))
 
         def sent(_item: Outgoing, error: PeerError | None) -> None:
@@ -185,10 +186,10 @@ def _follow(here: Node, console: Console) -> Series:
             events = sorted((event for series in everything for event in series.events), key=lambda one: one.id)
             for event in events[shown:]:
                 line = Text.assemble(
-                    (f"  +{event.at - events[0].at:5.1f} s ", "dim"), (f"{event.stage:9} ", "bold"), event.text
+                    (f"  +{event.at - events[0].at:5.1f} s ", "dim"), (f"{event.stage:9} ", "bold"), cell(event.text)
                 )
                 console.print(line)
-                spinner.update(Text(f"{event.stage}: {event.text}"))
+                spinner.update(cell(f"{event.stage}: {event.text}"))
             shown = len(events)
             states = {status.state(series) for series in everything}
             analysed = [series for series in everything if series.analyses]
@@ -209,17 +210,17 @@ def _show(series: Series, out: Path, console: Console) -> None:
         if analysis.summary is not None:
             console.print(status.findings(analysis.summary))
         else:
-            console.print(Text(analysis.about(analysis.reason), style="yellow"))
+            console.print(cell(analysis.about(analysis.reason), "yellow"))
         console.print()
         for made in analysis.objects:
             received = out / "archive" / f"{made.sop_instance_uid}.dcm"
             if not received.exists():
                 continue
-            console.print(f"{made.kind:14} {_short(received)}", soft_wrap=True, highlight=False)
+            console.print(f"{made.kind:14} {_short(received)}", soft_wrap=True)
             if made.kind == "capture":
                 picture = out / (f"overlay-{number}.png" if number > 1 else "overlay.png")
                 _picture(received, picture)
-                console.print(f"{'picture':14} {_short(picture)}", soft_wrap=True, highlight=False)
+                console.print(f"{'picture':14} {_short(picture)}", soft_wrap=True)
     state = status.state(series)
     if state not in ("delivered", "not analysed"):
         raise DemoError(f"the journey ended as '{state}'; see {out / 'node.log'}")
@@ -238,17 +239,6 @@ def _picture(capture: Path, png: Path) -> None:
         picture = Image.fromarray(frame).resize((tile, tile), Image.Resampling.LANCZOS)
         montage.paste(picture, (side + n % 3 * tile, n // 3 * tile))
     montage.save(png)
-
-
-def _bars(console: Console) -> Progress:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=console, transient=True)
 
 
 def _short(path: Path) -> str:

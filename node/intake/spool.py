@@ -16,7 +16,6 @@ import errno
 import itertools
 import mmap
 import os
-import re
 import shutil
 import struct
 import threading
@@ -30,6 +29,7 @@ import structlog
 
 from node import __version__
 from node.intake.header import HeaderError, InstanceHeader, read_header
+from node.text import UID
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -37,10 +37,6 @@ log = structlog.stdlib.get_logger(__name__)
 IMPLEMENTATION_CLASS_UID = "2.25.236250589914516971170341255605065768586"
 #: Implementation Version Name, at most 16 characters (PS3.7 D.3.3.2.4).
 IMPLEMENTATION_VERSION = f"LUNGNODE {__version__}"[:16]
-
-#: Digits in components, at most 64 characters (PS3.5 9.1). Leading zeros, which 9.1 forbids, are let through: scanners
-#: write them, and they do no harm in a path.
-UID = re.compile(r"(?=.{1,64}\Z)[0-9]+(?:\.[0-9]+)*\Z", re.ASCII)
 
 #: Name in a series' folder of the file that says how many instances there were when its sender came to an end.
 END = "end"

@@ -25,6 +25,7 @@ from node.results import capture, check, document, rejection, report, segmentati
 from node.results.course import Earlier
 from node.results.drawing import PatientView
 from node.results.identity import WHOLE, Analysis, Part, SourceInstance, ascii_text, source_instances
+from node.text import SENTENCE_LENGTH, printable
 
 __all__ = [
     "KINDS",
@@ -160,7 +161,7 @@ def not_analysed(
     """
     if not source_headers:
         raise ValueError("at least one header is needed to place the object in its study")
-    reason = ascii_text(f"{part.name}: {reason}" if part.name else reason)
+    reason = ascii_text(printable(f"{part.name}: {reason}" if part.name else reason, SENTENCE_LENGTH))
     analysis = Analysis(source_headers[0], source_instances(source_headers), (), content_datetime, part)
     makers = {"sr": text_report.not_analysed, "capture": capture.not_analysed}
     asked = tuple(dict.fromkeys(profiles))
