@@ -41,8 +41,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 @app.callback()
 def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+    from node import permissions
     from node.telemetry import logs
 
+    permissions.keep_private()
     logs.configure("WARNING")  # commands that run as services say more
     if version:
         out.print(__version__)
@@ -82,7 +84,7 @@ def up(config: Config = None) -> None:
 @app.command()
 def listen(config: Config = None) -> None:
     """Receive series by C-STORE until stopped."""
-    from node import reception, tasks
+    from node import permissions, reception, tasks
     from node.broker import BrokerError, broker
     from node.processes import settle, stop_signal
     from node.telemetry import logs
@@ -93,6 +95,7 @@ def listen(config: Config = None) -> None:
         with stop_signal() as stop, broker(settings) as url:
             tasks.app.conf.broker_url = url
             here = tasks.Node.open(settings)
+            permissions.close(settings.data, everything=True)
             sweeper = tasks.Sweeper(here)
             sweeper.start()
             listener = reception.intake(here)

@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session
 
 from models.registry import load_bundle
 from models.runtime import CardMemoryError
-from node import earlier, results, retention
+from node import earlier, permissions, results, retention
 from node.analysis import pipeline
 from node.analysis.findings import Findings
 from node.analysis.summary import summary
@@ -97,6 +97,7 @@ class Node:
         """Make the folders and the ledger's tables where they are missing."""
         for folder in ("spool", "results"):
             (settings.data / folder).mkdir(parents=True, exist_ok=True)
+        permissions.close(settings.data)
         ledger = Ledger(f"sqlite:///{settings.data / LEDGER}")
         ledger.migrate()
         return cls(settings, ledger)

@@ -47,9 +47,9 @@ def ae_title(text: str) -> str:
 
 
 def uid(value: object) -> str:
-    """A UID for a message; 'an invalid UID' for anything that is none, which is never quoted."""
+    """A UID for a message; 'an invalid UID' for a text that is none, which is never quoted."""
     text = str(value)
-    return text if UID.match(text) else "an invalid UID"
+    return text if not text or UID.match(text) else "an invalid UID"
 
 
 def tidy(value: Any, length: int) -> Any:

@@ -111,7 +111,7 @@ def read_header(
             if not (uid := walk.text(found, tag, LENGTH["UI"])):
                 raise HeaderError(f"the data set has no {name}")
             if not UID.match(uid):  # it becomes a path and an identity
-                raise HeaderError(f"the {name} is not digits and dots of at most 64 characters (PS3.5 9.1)")
+                raise HeaderError("a UID is not digits and dots of at most 64 characters (PS3.5 9.1)")
         return _header(walk, found)
     except struct.error:
         raise HeaderError("the data set ends within an element") from None
