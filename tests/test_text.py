@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from node import status, text
-from node.ledger import Ledger
-from node.results.pages import not_analysed_page
-from node.results.typesetting import write
+from node import text
+from node.cli import render
+from node.ledger.store import Ledger
+from node.results.capture.pages import not_analysed_page
+from node.results.capture.typesetting import write
 from node.terminal import Terminal, cell
 from node.text import CUT, LOG_LENGTH, SENTENCE_LENGTH, printable, tidy
 
@@ -87,16 +88,16 @@ def test_rows_of_an_older_ledger_are_harmless_wherever_they_are_read(ledger: Led
     with ledger() as session:  # as a version did that bounded nothing
         for statement in ("UPDATE events SET text=?, stage=?", "UPDATE series SET verdict=?, calling_ae=?"):
             session.connection().exec_driver_sql(statement, (bad, bad))
-    (one,) = status.all_series(ledger)
+    (one,) = render.all_series(ledger)
     assert {len(one.verdict), len(one.events[0].text)} == {SENTENCE_LENGTH}
     file = io.StringIO()
     console = Terminal(file=file, width=100, force_terminal=True, color_system=None)
-    console.print(status.table([one]), status.timeline(one))
+    console.print(render.table([one]), render.timeline(one))
     shown = file.getvalue()
     assert not harmful(shown, lines=True)
     assert "[bold" in shown
     assert max(map(len, shown.splitlines())) <= 100
-    assert not harmful(json.dumps(status.as_json([one]), ensure_ascii=False))
+    assert not harmful(json.dumps(render.as_json([one]), ensure_ascii=False))
 
 
 def test_what_is_written_to_the_ledger_is_bounded(ledger: Ledger) -> None:

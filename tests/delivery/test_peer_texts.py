@@ -20,7 +20,7 @@ from test_stow import web
 from node.config import Peer
 from node.delivery import commitment
 from node.delivery.peer import PeerError, association, contexts_for
-from node.ledger import Delivery, Event, Ledger
+from node.ledger.store import Delivery, Event, Ledger
 
 pytestmark = [
     pytest.mark.usefixtures("short_waits"),

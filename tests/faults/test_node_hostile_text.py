@@ -21,7 +21,7 @@ from raw_peer import RELEASE, RawPeer, store
 from whole_node import WholeNode, chest, whole_node
 
 from node import __version__
-from node.phantom import write_series
+from node.images.phantom_series import write_series
 
 pytestmark = [
     pytest.mark.peer,
