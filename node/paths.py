@@ -5,12 +5,9 @@ Whatever such a text holds, the path that is made of it lies in the folder that 
 
 from __future__ import annotations
 
-import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-#: Digits in components, at most 64 characters (PS3.5 9.1). Leading zeros, which 9.1 forbids, are let through: scanners
-#: write them, and they do no harm in a path.
-UID = re.compile(r"(?=.{1,64}\Z)[0-9]+(?:\.[0-9]+)*\Z", re.ASCII)
+from node.text import UID
 
 
 class UnsafePathError(ValueError):

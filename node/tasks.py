@@ -29,6 +29,7 @@ from sqlalchemy.orm import Session
 
 from models.registry import load_bundle
 from models.runtime import CardMemoryError
+from node import permissions
 from node.analysis import priors
 from node.config import Settings, load
 from node.delivery import superseding
@@ -100,6 +101,7 @@ class Node:
         """Make the folders and the ledger's tables where they are missing."""
         for folder in ("spool", "results"):
             (settings.data / folder).mkdir(parents=True, exist_ok=True)
+        permissions.close(settings.data)
         ledger = Ledger(f"sqlite:///{settings.data / LEDGER}")
         ledger.migrate()
         return cls(settings, ledger)

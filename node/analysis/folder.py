@@ -75,7 +75,7 @@ def analyse_folder(folder: Path, out: Path, device: str, progress: Progress) -> 
     if not done:
         raise NothingToAnalyse("\n".join(reasons) or f"no DICOM series in {folder}")
     for text in missed:
-        progress.console.print(text, style="yellow", highlight=False, soft_wrap=True)
+        progress.console.print(text, style="yellow", soft_wrap=True)
     return done
 
 

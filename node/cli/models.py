@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn
 from rich.table import Table
 from rich.text import Text
 
 from node.config import CONFIG_VARIABLE, ConfigError, load
+from node.terminal import err, fail, out, progress
 
 if TYPE_CHECKING:  # torch takes seconds to import, and every command of the node imports this module
     from models.registry import Bundle
@@ -24,9 +24,6 @@ TaskArgument = Annotated[Task, typer.Argument(help="Which of the two networks.")
 Data = Annotated[Path, typer.Option(help="Folder that holds slices/, the public data.", envvar="LUNGNODE_DATA")]
 
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="Settings file.", envvar=CONFIG_VARIABLE)]
-
-out = Console()
-err = Console(stderr=True)
 
 models_app = typer.Typer(help="List, check and bring in models.", no_args_is_help=True)
 
@@ -52,10 +49,10 @@ def evaluate(
     try:
         measured = load_bundle(bundle or task)
         _, patients = held_out(task, data, seed)
-        with _progress() as progress:
-            cases = list(progress.track(cases_of(task, measured, patients), len(patients), description="measuring"))
+        with progress(err, "{task.description}", MofNCompleteColumn()) as bars:
+            cases = list(bars.track(cases_of(task, measured, patients), len(patients), description="measuring"))
     except BundleError as error:
-        _fail(str(error))
+        fail(str(error))
     figures = figures_of(cases)
     drawn = []
     for source in sorted({case.patient.source for case in cases if f"Dice {task}" in case.values}):
@@ -66,7 +63,7 @@ def evaluate(
     else:
         out.print(_table(measured, figures))
     for file in drawn:
-        err.print(str(file), soft_wrap=True, highlight=False)
+        err.print(str(file), soft_wrap=True)
 
 
 def train(
@@ -83,7 +80,7 @@ def train(
 ) -> None:
     """Train one of the two networks on the public data and on phantoms; a run that was stopped goes on."""
     if (steps is None) == (minutes is None):
-        _fail("give either --steps or --minutes")
+        fail("give either --steps or --minutes")
     _require_data(data)
     import torch
 
@@ -93,15 +90,15 @@ def train(
     torch.set_num_threads(threads)
     folder = out_folder or Path("build/training") / task
     weights = run(task, data, folder, seed=seed, steps=steps, minutes=minutes)
-    out.print(f"weights: {weights}", soft_wrap=True, highlight=False)
+    out.print(f"weights: {weights}", soft_wrap=True)
     try:
         draw_curve(folder / "curve.jsonl", folder / "curve.png")
     except ImportError:
-        err.print("no picture of the run: install matplotlib, or `pip install lungnode[training]`", highlight=False)
+        err.print("no picture of the run: install matplotlib, or `pip install lungnode[training]`")
     except ValueError as error:
-        err.print(f"no picture of the run: {error}", soft_wrap=True, highlight=False)
+        err.print(f"no picture of the run: {error}", soft_wrap=True)
     else:
-        out.print(f"curve: {folder / 'curve.png'}", soft_wrap=True, highlight=False)
+        out.print(f"curve: {folder / 'curve.png'}", soft_wrap=True)
 
 
 @models_app.command("list")
@@ -154,9 +151,9 @@ def models_verify(
             verify(bundle)
         except BundleError as error:
             wrong += 1
-            err.print(f"{one}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+            err.print(f"{one}: {error}", style="red", soft_wrap=True)
         else:
-            out.print(f"{bundle.name} {bundle.version}: digest ok, loads, runs", highlight=False)
+            out.print(f"{bundle.name} {bundle.version}: digest ok, loads, runs")
     if wrong:
         raise typer.Exit(1)
 
@@ -175,9 +172,9 @@ def models_install(
     try:
         bundle, left_out = install(file, _installed(config))
     except BundleError as error:
-        _fail(str(error))
+        fail(str(error))
     for one in left_out:
-        err.print(f"left out, not needed: {one}", highlight=False, markup=False, soft_wrap=True)
+        err.print(f"left out, not needed: {one}", soft_wrap=True)
     _tell_installed(bundle)
 
 
@@ -196,23 +193,21 @@ def models_import_r231(
     try:
         _tell_installed(import_r231(file, _installed(config), name))
     except BundleError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _installed(config: Path | None) -> Path:
     try:
         return load(config).installed_models
     except ConfigError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _tell_installed(bundle: Bundle) -> None:
     channels = bundle.metadata["network_data_format"]["outputs"]["pred"]["num_channels"]
     role = "infection" if int(channels) == 1 else "lungs"
-    out.print(f"{bundle.name} {bundle.version} is in {bundle.path}", highlight=False, soft_wrap=True)
-    out.print(
-        f"To analyse with it, set in the settings: models: {{{role}: {bundle.name}}}", highlight=False, soft_wrap=True
-    )
+    out.print(f"{bundle.name} {bundle.version} is in {bundle.path}", soft_wrap=True)
+    out.print(f"To analyse with it, set in the settings: models: {{{role}: {bundle.name}}}", soft_wrap=True)
 
 
 def _headlines(metadata: dict[str, Any]) -> list[str]:
@@ -249,20 +244,4 @@ def _table(bundle: Bundle, figures: list[Figure]) -> Table:
 
 def _require_data(data: Path) -> None:
     if not (data / "slices").is_dir():
-        _fail(f"no data at {data / 'slices'}: --data or LUNGNODE_DATA must name the folder that holds slices/")
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=err,
-        transient=True,
-    )
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(1)
+        fail(f"no data at {data / 'slices'}: --data or LUNGNODE_DATA must name the folder that holds slices/")

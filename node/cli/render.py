@@ -12,6 +12,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import selectinload
 
 from node.ledger.store import Analysis, Delivery, Ledger, Line, Object, Series
+from node.terminal import cell
 
 _WHOLE = select(Series).options(
     selectinload(Series.events),
@@ -111,11 +112,11 @@ def table(series: list[Series]) -> Table:
         made.add_row(
             str(one.id),
             _time(one.closed_at, "%d %b %H:%M"),
-            Text(one.calling_ae),
+            cell(one.calling_ae),
             str(len(one.instances)),
             Text(word, style=STYLE[word]),
             f"{done}/{len(owed)}" if owed else "",
-            Text(_what(one)),
+            cell(_what(one)),
         )
     return made
 
@@ -127,7 +128,7 @@ def timeline(series: Series) -> Table:
         show_header=False,
         pad_edge=False,
         title_justify="left",
-        title=f"series {series.series_instance_uid}: {state(series)}",
+        title=cell(f"series {series.series_instance_uid}: {state(series)}", "table.title"),
     )
     made.add_column(justify="right", style="dim")
     made.add_column(style="bold")
@@ -135,16 +136,16 @@ def timeline(series: Series) -> Table:
     events = series.events
     start = events[0].at if events else series.closed_at
     for event in events:
-        made.add_row(f"{_time(event.at, '%H:%M:%S')}  +{event.at - start:.1f} s", event.stage, Text(event.text))
+        made.add_row(f"{_time(event.at, '%H:%M:%S')}  +{event.at - start:.1f} s", cell(event.stage), cell(event.text))
     for analysis in series.analyses:
         if analysis.state in ("waiting", "running"):
-            made.add_row("now", "analysis", Text(analysis.about(_owed(analysis))))
+            made.add_row("now", "analysis", cell(analysis.about(_owed(analysis))))
     for delivery in deliveries(series):
         if delivery.state in ("waiting", "running", "failed"):
             text = f"{delivery.object.kind} to {delivery.peer}: {_owed(delivery)}"
-            made.add_row("now", "delivery", Text(delivery.object.analysis.about(text)))
+            made.add_row("now", "delivery", cell(delivery.object.analysis.about(text)))
     for line in to_do(series):
-        made.add_row("", "to do", Text(line))
+        made.add_row("", "to do", cell(line))
     return made
 
 
@@ -212,7 +213,7 @@ def findings(summary: dict[str, Any]) -> Table:
     ]
     rules = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
     for name, text in lines:
-        rules.add_row(name, text)
+        rules.add_row(name, cell(text))
     whole = Table.grid()
     for part in (made, Text(), rules, Text("research use; not for primary diagnosis", style="dim")):
         whole.add_row(part)

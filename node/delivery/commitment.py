@@ -26,6 +26,7 @@ from node.config import Peer, Settings
 from node.delivery.peer import NobodyThereError, PeerError, answering_association, hexadecimal, status_of
 from node.ledger.store import Commitment, Delivery, Ledger, Object, backoff_s, free
 from node.telemetry.logs import plainly
+from node.text import UID as UID_FORM
 
 log = structlog.get_logger(__name__)
 
@@ -229,6 +230,8 @@ def _heard(ledger: Ledger, event: Any) -> int:
     try:
         said = event.event_information
         uid = str(said.TransactionUID)
+        if not UID_FORM.match(uid):
+            raise ValueError("a Transaction UID that is none")
         kept = {str(item.ReferencedSOPInstanceUID) for item in said.get("ReferencedSOPSequence", ())}
         failed = {
             str(item.ReferencedSOPInstanceUID): int(item.get("FailureReason", PROCESSING_FAILURE))

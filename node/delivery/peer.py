@@ -19,6 +19,7 @@ from pynetdicom.presentation import PresentationContext, build_context
 
 from node.config import Peer
 from node.identity import application_entity
+from node.text import LENGTH, printable
 
 # Files go out from disk in fragments, never whole in memory (a 166 MB object took 145 MB instead of 547 MB).
 _config.STORE_SEND_CHUNKED_DATASET = True
@@ -275,7 +276,7 @@ def _no_association(made: Association, peer: Peer, reached: bool) -> PeerError:
         return NobodyThereError(f"no connection to {where}")
     if made.is_rejected:
         answer = made.acceptor.primitive
-        why = getattr(answer, "reason_str", "no reason given")
+        why = printable(str(getattr(answer, "reason_str", "no reason given")), LENGTH["LO"])
         # Result 1 is 'rejected permanent', 2 'rejected transient'. Most permanent rejections are an AE title that an
         # admin is about to enter: no object is given up for it, but the words say who has to act.
         for_good = getattr(answer, "result", 2) == 1

@@ -29,6 +29,7 @@ from pydicom.uid import (
 )
 
 from node.images.geometry import VolumeError
+from node.text import uid as uid_text
 
 #: HU given to pixels that are declared as padding (PS3.3 C.7.5.1.1.2): the lowest value of an ordinary CT, as air.
 PADDING_HU = -1024
@@ -148,7 +149,7 @@ def read_frames(path: Path) -> list[Frame]:
         # pydicom stopped before Pixel Data.
         element = file.read(12)
         offset = file.tell()
-    uid = str(dataset.get("SOPInstanceUID", ""))
+    uid = uid_text(dataset.get("SOPInstanceUID", ""))
     try:
         frames = _frames(path, dataset)
         if len(frames) == 1 and (words := _words(dataset, element, offset)):
@@ -183,7 +184,7 @@ def decode_frames(path: Path, frames: Sequence[Frame]) -> Iterator[NDArray[np.in
     OSError
         The file cannot be read.
     """
-    uid = frames[0].sop_instance_uid
+    uid = uid_text(frames[0].sop_instance_uid)
     if words := frames[0].words:
         try:
             stored = _stored_words(path, frames[0].matrix, words)
@@ -203,7 +204,7 @@ def decode_frames(path: Path, frames: Sequence[Frame]) -> Iterator[NDArray[np.in
             yield _to_hu(stored, frame, padding)
     except Exception as error:
         raise VolumeError(
-            f"SOP instance {uid}: Pixel Data in {syntax.name} cannot be decoded ({type(error).__name__})"
+            f"SOP instance {uid}: Pixel Data in {_named(syntax)} cannot be decoded ({type(error).__name__})"
         ) from error
 
 
@@ -221,10 +222,10 @@ def _read(path: Path | BinaryIO, keywords: list[str], *, pixels: bool) -> Datase
 def _frames(path: Path, dataset: Dataset) -> list[Frame]:
     sop_class = UID(dataset.get("SOPClassUID", ""))
     if sop_class not in (*_SINGLE_FRAME, *_MULTI_FRAME):
-        raise VolumeError(f"{sop_class.name or 'no SOP class'} is not a CT image")
+        raise VolumeError(f"{_named(sop_class) if sop_class else 'no SOP class'} is not a CT image")
     if "LOCALIZER" in (dataset.get("ImageType") or []):
         raise VolumeError("a localizer is not part of a volume")
-    if (samples := _require(dataset, "SamplesPerPixel")) != 1:
+    if (samples := int(_require(dataset, "SamplesPerPixel"))) != 1:
         raise VolumeError(f"{samples} samples per pixel: not a grey-scale image")
     if _require(dataset, "HighBit") != _require(dataset, "BitsStored") - 1:
         raise VolumeError("High Bit is not Bits Stored - 1 (PS3.5 8.1.1)")
@@ -236,6 +237,11 @@ def _frames(path: Path, dataset: Dataset) -> list[Frame]:
     if len(per_frame) != int(dataset.get("NumberOfFrames") or 1):
         raise VolumeError("as many functional groups as frames are needed")
     return [_frame(path, dataset, number, groups, shared) for number, groups in enumerate(per_frame, 1)]
+
+
+def _named(uid: UID) -> str:
+    """The standard's name of a UID, else the UID itself."""
+    return uid.name if uid.name != uid else uid_text(uid)
 
 
 def _frame(path: Path, dataset: Dataset, number: int | None, *groups: Dataset) -> Frame:
@@ -336,6 +342,8 @@ def _stored_words(path: Path, matrix: tuple[int, int], words: Words) -> NDArray[
 
 
 def _stored_values_by_gdcm(path: Path, dataset: Dataset) -> NDArray[Any]:
+    gdcm.Trace.WarningOff()  # it writes to standard error by itself, and may quote values
+    gdcm.Trace.ErrorOff()
     reader = gdcm.ImageReader()
     reader.SetFileName(str(path))
     if not reader.Read():

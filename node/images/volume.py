@@ -6,22 +6,27 @@ Only geometry and pixels live here; patient and study attributes stay in the fil
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from node.images.frames import Frame, decode_frames, read_frames
 from node.images.geometry import COSINE_TOLERANCE, VolumeError, regular_grid
+from node.text import uid
 
 #: Relative difference that Pixel Spacing may have within a series: half a pixel over a 512 matrix.
 PIXEL_SPACING_TOLERANCE = 1e-3
 
 
 __all__ = ["FileError", "SourceSlice", "Volume", "VolumeError", "read_volume"]
+
+
+_T = TypeVar("_T", str, tuple[int, int])
 
 
 class FileError(OSError):
@@ -142,10 +147,10 @@ def _named(path: Path) -> Iterator[None]:
 
 def _require_one_series(frames: Sequence[Frame]) -> None:
     """Refuse files that differ in what all slices of a volume share."""
-    _require_same("studies", (frame.study_instance_uid for frame in frames))
-    _require_same("series", (frame.series_instance_uid for frame in frames))
-    _require_same("frames of reference", (frame.frame_of_reference_uid for frame in frames))
-    _require_same("matrix sizes", (f"{f.matrix[0]} x {f.matrix[1]}" for f in frames))
+    _require_same("studies", [frame.study_instance_uid for frame in frames], uid)
+    _require_same("series", [frame.series_instance_uid for frame in frames], uid)
+    _require_same("frames of reference", [frame.frame_of_reference_uid for frame in frames], uid)
+    _require_same("matrix sizes", [frame.matrix for frame in frames], lambda matrix: f"{matrix[0]} x {matrix[1]}")
 
     first = frames[0]
     if not np.allclose([f.orientation for f in frames], first.orientation, rtol=0, atol=COSINE_TOLERANCE):
@@ -159,7 +164,7 @@ def _require_one_series(frames: Sequence[Frame]) -> None:
         )
 
 
-def _require_same(what: str, values: Iterable[str]) -> None:
+def _require_same(what: str, values: Iterable[_T], shown: Callable[[_T], str]) -> None:
     different = sorted(set(values))
     if len(different) > 1:
-        raise VolumeError(f"{len(different)} {what} in one series: {', '.join(different[:3])}")
+        raise VolumeError(f"{len(different)} {what} in one series: {', '.join(map(shown, different[:3]))}")

@@ -16,10 +16,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 
+from node.text import LENGTH, UID, printable
+
 #: PS3.5 A.5: the one transfer syntax whose whole data set is a raw deflate stream.
 DEFLATED = "1.2.840.10008.1.2.1.99"
 IMPLICIT_LITTLE = "1.2.840.10008.1.2"
 EXPLICIT_BIG = "1.2.840.10008.1.2.2"
+
+#: Characters of a value that are read; a longer one is cut, which makes a number unreadable. The longest that is
+#: needed, Image Type, has some ten values of 16 characters.
+VALUE_LIMIT = 1024
+
+#: Characters of Body Part Examined that are looked at: scanners write more than the 16 of a CS.
+_PART_LENGTH = 64
 
 #: Bytes of a deflated data set that are inflated to find its header; a header is kilobytes, a bomb is not.
 INFLATE_LIMIT = 64 << 20
@@ -99,8 +108,10 @@ def read_header(
     try:
         found = walk.wanted(0, len(data), transfer_syntax_uid != IMPLICIT_LITTLE, _TOP)
         for tag, name in _NEEDED.items():
-            if not walk.text(found, tag):
+            if not (uid := walk.text(found, tag, LENGTH["UI"])):
                 raise HeaderError(f"the data set has no {name}")
+            if not UID.match(uid):  # it becomes a path and an identity
+                raise HeaderError("a UID is not digits and dots of at most 64 characters (PS3.5 9.1)")
         return _header(walk, found)
     except struct.error:
         raise HeaderError("the data set ends within an element") from None
@@ -163,9 +174,9 @@ def _header(walk: _Walk, found: _Found) -> InstanceHeader:
         series_instance_uid=walk.text(found, 0x0020000E),
         sop_class_uid=walk.text(found, 0x00080016),
         sop_instance_uid=walk.text(found, 0x00080018),
-        modality=walk.text(found, 0x00080060),
+        modality=walk.text(found, 0x00080060, LENGTH["CS"]),
         image_type=tuple(part.strip() for part in walk.text(found, 0x00080008).split("\\") if part.strip()),
-        body_part=walk.text(found, 0x00180015),
+        body_part=walk.text(found, 0x00180015, _PART_LENGTH),
         instance_number=_integer(walk.text(found, 0x00200013)),
         acquisition_number=_integer(walk.text(found, 0x00200012)),
         temporal_position=_integer(walk.text(found, 0x00200100)),
@@ -263,12 +274,17 @@ class _Walk:
                 found.update(self.wanted(inner.start, inner.end, inner.explicit, _MEASURES))
         return found
 
-    def text(self, found: _Found, tag: int) -> str:
-        """A value of default repertoire (UI, CS, DS, IS), without padding; bytes outside ASCII become '?'."""
+    def text(self, found: _Found, tag: int, length: int = VALUE_LIMIT) -> str:
+        """A value of default repertoire (UI, CS, DS, IS), without padding, at most `length` characters of it.
+
+        Bytes outside ASCII and control characters become '?'.
+        """
         value = found.get(tag)
         if value is None:
             return ""
-        return bytes(self._data[value.start : value.end]).decode("ascii", "replace").strip("\0 ").replace("�", "?")
+        # One byte of padding more than a value may have (PS3.5 6.2).
+        raw = bytes(self._data[value.start : min(value.end, value.start + VALUE_LIMIT + 2)])
+        return printable(raw.decode("ascii", "replace").strip("\0 ").replace("�", "?"), length)
 
     def short(self, found: _Found, tag: int) -> int | None:
         """A US value."""
@@ -352,7 +368,8 @@ def _number(text: str) -> float | None:
 
 def _integer(text: str) -> int | None:
     number = _number(text)
-    return int(number) if number is not None and number == int(number) else None
+    # An IS has 32 bits (PS3.5 table 6.2-1).
+    return int(number) if number is not None and abs(number) < 1 << 31 and number == int(number) else None
 
 
 def _moment(both: str, day: str, time: str) -> float | None:

@@ -34,6 +34,7 @@ from node.intake.spool import Part, Spool, SpoolFullError
 from node.intake.transport import DIRECT, MAXIMUM_PDU, STOCK, StoreRequest, Transport, amid_instance, serve
 from node.paths import InvalidUIDError
 from node.telemetry.logs import plainly
+from node.text import ae_title
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -279,14 +280,14 @@ class Listener:
         """Turn an association away, or support what it proposes, as far as that is storage."""
         association = event.assoc
         asked = association.requestor.primitive
+        calling_ae, called_ae = ae_title(asked.calling_ae_title), ae_title(asked.called_ae_title)
         with self._lock:
-            refusal = self._refusal(asked.called_ae_title.strip(), asked.calling_ae_title.strip())
+            refusal = self._refusal(called_ae, calling_ae)
             if refusal is None:
-                ends = asked.calling_ae_title.strip(), asked.called_ae_title.strip()
-                self._associations[association] = AssociationId(next(self._numbers), *ends)
+                self._associations[association] = AssociationId(next(self._numbers), calling_ae, called_ae)
         if refusal is not None:
             answer, reason, mend = refusal
-            log.warning("association rejected", calling_ae=asked.calling_ae_title.strip(), reason=reason, mend=mend)
+            log.warning("association rejected", calling_ae=calling_ae, reason=reason, mend=mend)
             association.acse.send_reject(*answer)
             association.kill()
             return
@@ -342,7 +343,8 @@ class Listener:
         """Our name for an association that was let in; of one that has ended meanwhile, a name that nobody has."""
         with self._lock:
             known = self._associations.get(association)
-        return known or AssociationId(0, association.requestor.ae_title, association.acceptor.ae_title)
+        ends = ae_title(association.requestor.ae_title), ae_title(association.acceptor.ae_title)
+        return known or AssociationId(0, *ends)
 
     def _begin(self, association: Association, request: StoreRequest) -> _Instance:
         return _Instance(self._spool, self._assembly, self._identify(association), request, self._is_over(association))

@@ -29,7 +29,7 @@ import structlog
 
 from node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from node.intake.header import HeaderError, InstanceHeader, read_header
-from node.paths import UID, InvalidUIDError, valid_uid, within
+from node.paths import InvalidUIDError, valid_uid, within
 
 log = structlog.stdlib.get_logger(__name__)
 

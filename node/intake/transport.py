@@ -41,6 +41,8 @@ from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHandler, ThreadedAssociationServer
 
+from node.text import ae_title
+
 log = structlog.stdlib.get_logger(__name__)
 
 # What takes 40 % of the time of a negotiation and is for nothing here: accounts of each PDU for a log that we do not
@@ -545,7 +547,7 @@ class _Reactor(DULServiceProvider):
 
     def _refuse(self, reason: str, mend: str) -> None:
         """Abort the association (AA-8, PS3.8 table 9-10)."""
-        log.warning("association aborted", calling_ae=self.assoc.requestor.ae_title, reason=reason, mend=mend)
+        log.warning("association aborted", calling_ae=ae_title(self.assoc.requestor.ae_title), reason=reason, mend=mend)
         self.event_queue.put("Evt19")
 
     def _take(self, pdu: memoryview) -> None:

@@ -26,6 +26,7 @@ from node.results.capture.drawing import PatientView
 from node.results.forms import KINDS, SEGMENTATIONS, STOPPED, Profile
 from node.results.provenance import WHOLE, Analysis, Part, SourceInstance, ascii_text, source_instances
 from node.results.trend import Earlier
+from node.text import SENTENCE_LENGTH, printable
 
 __all__ = [
     "KINDS",
@@ -161,7 +162,7 @@ def not_analysed(
     """
     if not source_headers:
         raise ValueError("at least one header is needed to place the object in its study")
-    reason = ascii_text(f"{part.name}: {reason}" if part.name else reason)
+    reason = ascii_text(printable(f"{part.name}: {reason}" if part.name else reason, SENTENCE_LENGTH))
     analysis = Analysis(source_headers[0], source_instances(source_headers), (), content_datetime, part)
     makers = {"sr": not_analysed_report.not_analysed, "capture": maker.not_analysed}
     asked = tuple(dict.fromkeys(profiles))

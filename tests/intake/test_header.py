@@ -24,6 +24,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
+from node import text
 from node.intake import header as header_module
 from node.intake.header import HeaderError, InstanceHeader, read_header
 
@@ -183,7 +184,7 @@ def test_agrees_with_pydicom_on_every_kind_of_object(data_dir: Path) -> None:
     agreed = 0
     for path, ds, raw, transfer_syntax in part_10_files(data_dir / "dicom-zoo"):
         uids = [str(ds.get(k, "")) for k in ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")]
-        if not all(uids) or "truncated" in path.name:
+        if not all(map(text.UID.match, uids)) or "truncated" in path.name:
             with pytest.raises(HeaderError):
                 read_header(raw, transfer_syntax)
             continue
@@ -218,3 +219,44 @@ def test_when_an_image_was_acquired(values: dict[str, str], seconds: float | Non
             setattr(ds, keyword, value)
         raw = encoded(ds)
     assert read_header(raw, ExplicitVRLittleEndian).acquired_at == seconds
+
+
+@pytest.mark.parametrize("transfer_syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+@pytest.mark.parametrize("size", [0, 5_000_000])
+def test_texts_of_a_header_are_printable_and_no_longer_than_their_vr(transfer_syntax: UID, size: int) -> None:
+    ds = dataset(1)
+    hostile = "\x1b[2K\r\n\x7f" + "A" * size
+    for keyword in (
+        "Modality",
+        "BodyPartExamined",
+        "ImageType",
+        "ConvolutionKernel",
+        "InstanceNumber",
+        "GantryDetectorTilt",
+    ):
+        # UT: the VR that holds any length; the walk goes by the tag.
+        ds.add_new(keyword, "UT", hostile)
+    found = read_header(encoded(ds, transfer_syntax), transfer_syntax)
+    assert found.modality == ("?[2K???" if not size else "?[2K???AAAAAA...")
+    for value, most in ((found.body_part, 64), ("".join(found.image_type), 1024), (found.kernel, 1024)):
+        assert value.isprintable()
+        assert 0 < len(value) <= most
+    assert (found.instance_number, found.gantry_tilt) == (None, None)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of pydicom, as it writes them
+@pytest.mark.parametrize("keyword", ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"])
+@pytest.mark.parametrize("value", ["1.2.x", "../../etc", "1" * 65, "1.2\x1b[2K", "1..2"])
+def test_what_becomes_an_identity_is_a_uid(keyword: str, value: str) -> None:
+    ds = dataset(1)
+    ds.add_new(keyword, "UT", value)
+    with pytest.raises(HeaderError, match="a UID is not digits and dots") as caught:
+        read_header(encoded(ds), ExplicitVRLittleEndian)
+    assert value not in str(caught.value)
+
+
+@pytest.mark.parametrize(("number", "read"), [("2147483647", 2147483647), ("1e300", None), ("1" * 40, None)])
+def test_an_integer_has_32_bits(number: str, read: int | None) -> None:
+    ds = dataset(1)
+    ds.add_new("InstanceNumber", "UT", number)
+    assert read_header(encoded(ds), ExplicitVRLittleEndian).instance_number == read
