@@ -19,7 +19,8 @@ from sqlalchemy import delete, select
 from node.config import Settings
 from node.intake.spool import END
 from node.ledger.store import Commitment, Ledger, Series
-from node.paths import UID, within
+from node.paths import within
+from node.text import UID
 
 log = structlog.get_logger(__name__)
 

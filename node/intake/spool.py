@@ -30,6 +30,7 @@ import structlog
 from node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from node.intake.header import HeaderError, InstanceHeader, read_header
 from node.paths import InvalidUIDError, valid_uid, within
+from node.text import UID
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -20,7 +20,8 @@ from made_instances import SERIES, STUDY, dataset, dataset_bytes, encoded
 from pydicom import dcmread
 
 from node.intake.spool import Part, Spool, SpoolFullError, Stored
-from node.paths import UID, InvalidUIDError
+from node.paths import InvalidUIDError
+from node.text import UID
 
 EXPLICIT = "1.2.840.10008.1.2.1"
 Keep = Callable[..., Stored]

@@ -18,7 +18,7 @@ from test_listener import Node
 
 from node.intake.header import HeaderError, read_header
 from node.methods.pneumonia.triage import triage
-from node.paths import UID
+from node.text import UID
 
 pytestmark = [
     pytest.mark.data,
