@@ -73,7 +73,7 @@ def ask(ledger: Ledger, name: str, peer: Peer, calling_ae: str, stopping: thread
         answered = threading.Event()
 
         def heard(event: Any, answered: threading.Event = answered) -> tuple[int, None]:
-            status = _heard(ledger, event)
+            status = _heard(ledger, event, {name})
             answered.set()
             return status, None
 
@@ -128,7 +128,7 @@ def services(ledger: Ledger, settings: Settings) -> tuple[list[PresentationConte
             event.assoc.acceptor.supported_contexts = [build_context(Verification), context]
 
     def heard(event: Any) -> tuple[int, None]:
-        return _heard(ledger, event), None
+        return _heard(ledger, event, settings.peer_names(event.assoc.requestor.ae_title)), None
 
     return [context], [(evt.EVT_REQUESTED, requested), (evt.EVT_N_EVENT_REPORT, heard)]
 
@@ -138,15 +138,17 @@ def reporters(settings: Settings) -> set[str]:
     return {peer.ae_title for peer in settings.peers_that_may("receive").values() if peer.commitment != "off"}
 
 
-def report(ledger: Ledger, uid: str, kept: Collection[str], failed: Mapping[str, int]) -> bool:
-    """Record what a peer said of a transaction, by SOP instance UID; false for a transaction that we never began.
+def report(ledger: Ledger, uid: str, kept: Collection[str], failed: Mapping[str, int], names: Collection[str]) -> bool:
+    """Record what a peer said of a transaction, by SOP instance UID.
+
+    False for a transaction that we never began, or began with a peer that is none of `names`, those of whom reports.
 
     An answer to an earlier request counts as well when it is good news; a failure counts only under the newest.
     """
     now = time.time()
     with ledger() as session:
         transaction = session.get(Commitment, uid)
-        if transaction is None:
+        if transaction is None or transaction.peer not in names:
             return False
         transaction.answered_at = now
         named = (Delivery.peer == transaction.peer, Object.sop_instance_uid.in_([*kept, *failed]))
@@ -224,8 +226,9 @@ def _unconfirmed(ledger: Ledger, session: Session, row: Delivery, reason: str, *
     ledger.tell_of(session, row, f"delivered, not confirmed: {reason}")
 
 
-def _heard(ledger: Ledger, event: Any) -> int:
-    """Take in one N-EVENT-REPORT (PS3.4 J.3.3); gives the status of our answer."""
+def _heard(ledger: Ledger, event: Any, names: Collection[str]) -> int:
+    """Take in one N-EVENT-REPORT (PS3.4 J.3.3) of the peer with these names; gives the status of our answer."""
+    caller = {"calling_ae": event.assoc.remote["ae_title"], "address": event.assoc.remote["address"]}
     try:
         said = event.event_information
         uid = str(said.TransactionUID)
@@ -235,15 +238,16 @@ def _heard(ledger: Ledger, event: Any) -> int:
             for item in said.get("FailedSOPSequence", ())
         }
     except Exception as error:  # a report can hold anything
-        log.warning("commitment report cannot be read", error=plainly(error))
+        log.warning("commitment report cannot be read", error=plainly(error), **caller)
         return INVALID_ARGUMENT
     try:
-        known = report(ledger, uid, kept - failed.keys(), failed)
+        known = report(ledger, uid, kept - failed.keys(), failed, names)
     except Exception as error:
-        log.error("commitment report not recorded, the peer is asked again", error=plainly(error))
+        log.error("commitment report not recorded, the peer is asked again", error=plainly(error), **caller)
         return PROCESSING_FAILURE
     if not known:
-        log.warning("commitment report of a transaction that is not ours", transaction=uid)
+        mend = "usually none: only the peer that was asked may report; it is asked again"
+        log.warning("commitment report of a transaction that is not the caller's", transaction=uid, mend=mend, **caller)
         return INVALID_ARGUMENT
     log.info("commitment", transaction=uid, kept=len(kept), failed=len(failed))
     return SUCCESS
