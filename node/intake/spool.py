@@ -238,10 +238,13 @@ class Part:
         """
         with suppress(PermissionError):  # another user's file, of a backup that was restored
             os.utime(path)  # what comes again is as young as what comes anew (`node.retention`)
-        same = _same(self._file, path)
+        same = self._same_as(path)
         _fsync_folder(path.parent)
         path.stat()  # still here, and not dropped while it was compared
         return Stored(path, "same" if same else "differs", belongs_to)
+
+    def _same_as(self, path: Path) -> bool:
+        return _same(self._file, path)
 
 
 class Spool:
