@@ -66,8 +66,11 @@ MAXIMUM_REQUEST: Final = 256 * 1024
 MAXIMUM_CONTEXTS: Final = 128
 
 #: Items and sub-items of a request, each of which pynetdicom makes an object of. 128 presentation contexts with 40
-#: transfer syntaxes each have 5400, and three items of extended negotiation for each SOP class 400 more.
+#: transfer syntaxes each have 5400.
 MAXIMUM_ITEMS: Final = 8192
+
+#: Those of them in its User Information: three kinds of negotiation for each SOP class (PS3.7 D.3.3) are some 400.
+MAXIMUM_USER_ITEMS: Final = 1024
 
 #: Bytes of a command set, and of a data set that goes with another request than C-STORE; real ones are kilobytes.
 MAXIMUM_COMMAND: Final = 1 << 20
@@ -378,6 +381,7 @@ class _Handler(RequestHandler):
             association.start()
         except Exception:
             self.server.service.failed(association)
+            association.dul.socket.free()  # type: ignore[union-attr]  # a _Socket
             raise
 
     def _create_association(self) -> Association:
@@ -802,18 +806,19 @@ def _asked(caller: _Caller) -> AssociationRequest:
 
 def _fault(request: memoryview) -> str:
     """Why no association is made of a request; empty when one may be. It looks at no more than the heads of items."""
-    contexts = count = 0
+    contexts = count = user = 0
     try:
         for kind, item in _items(request[_FIXED.size :]):
+            count += 1
             contexts += kind == _PRESENTATION_CONTEXT
             parts = {_PRESENTATION_CONTEXT: item[4:], _USER_INFORMATION: item}.get(kind)
             for _ in _items(parts) if parts is not None else ():
                 count += 1
-                if count > MAXIMUM_ITEMS:
-                    return f"an association request has more than {MAXIMUM_ITEMS} items"
-            count += 1
-            if contexts > MAXIMUM_CONTEXTS or count > MAXIMUM_ITEMS:
-                return f"an association request has more than {MAXIMUM_CONTEXTS} contexts or {MAXIMUM_ITEMS} items"
+                user += kind == _USER_INFORMATION
+                if count > MAXIMUM_ITEMS or user > MAXIMUM_USER_ITEMS or contexts > MAXIMUM_CONTEXTS:
+                    return "an association request has more presentation contexts or items than any sender needs"
+            if count > MAXIMUM_ITEMS:
+                return "an association request has more items than any sender needs"
     except _Invalid:
         return "an association request is malformed"
     return ""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import wait_for
 from made_instances import SERIES, dataset, encoded
+from pynetdicom.sop_class import Verification
 from raw_peer import RawPeer, pdu, pdv, request, store, store_command
 from structlog.testing import capture_logs
 from test_listener import Node
