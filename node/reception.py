@@ -164,7 +164,9 @@ def conflict_found(here: Node, conflict: Conflict) -> None:
             Series.series_instance_uid == conflict.series_instance_uid,
         )
         row = session.scalars(mine.order_by(Series.id.desc()).limit(1)).first()
-        known = row is not None and any(one.stage == "conflict" and one.text.startswith(text) for one in row.events)
+        said = [event.text for event in row.events if event.stage == "conflict"] if row is not None else []
+        # What is found on disk after a restart, without an address, was mostly recorded when it came, and in full.
+        known = any(one.startswith(text) or (not conflict.address and f"; {other} sent " in one) for one in said)
         if row is not None and not known:
             here.ledger.tell(session, row.id, "conflict", f"{text} (it called from {conflict.address or 'unknown'})")
     if not known:

@@ -40,7 +40,7 @@ class Hospital:
             f"peer{n}": {"ae_title": ae, "host": host, "port": 104, "may": ["send"]}
             for n, (ae, host) in enumerate(HOMES.items())
         }
-        me = {"host": "127.0.0.1", "port": free_port(), "quiet_period_s": 1.0, "addresses": "enforce"}
+        me = {"host": "127.0.0.1", "port": free_port(), "quiet_period_s": 0.4, "addresses": "enforce"}
         self.settings = Settings.model_validate({"data": folder, "listener": me, "peers": peers})
         self.here = Node.open(self.settings)
         self.listener = self._listen()
