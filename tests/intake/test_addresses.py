@@ -19,8 +19,10 @@ from pynetdicom.sop_class import Verification
 from raw_peer import RawPeer, pdu, pdv, request, store, store_command
 from structlog.testing import capture_logs
 from test_listener import Node
+from typer.testing import CliRunner
 
 from node import __version__
+from node.cli import app
 from node.config import ADDRESSES_ENFORCED_FROM, Listener, parse
 from node.intake import listener as listener_module
 from node.intake.transport import DIRECT, STOCK
@@ -250,6 +252,15 @@ def test_hints_name_peers_without_addresses() -> None:
     hints = settings.hints()
     assert [hint.split(":")[0] for hint in hints] == ["peers.open.addresses", "listener.addresses"]
     assert settings.peers["bound"].addresses == ("192.0.2.1",)
+
+
+def test_config_check_says_what_had_better_be_set(tmp_path: Path) -> None:
+    file = tmp_path / "node.yaml"
+    file.write_text("peers:\n  open: {ae_title: P, host: '[h]', port: 1}\n")
+    done = CliRunner().invoke(app, ["config", "check", str(file)])
+    assert done.exit_code == 0
+    assert "hint: peers.open.addresses: not set, so it may call from what its host '[h]' resolves to" in done.output
+    assert "from version 0.3.0" in done.output
 
 
 @pytest.mark.parametrize("padding", [b"\0", b" "])

@@ -232,6 +232,15 @@ def test_the_scanner_may_go_on_with_its_own_series(hospital: Hospital) -> None:
     assert hospital.generations() == [(5, True, "CT1"), (6, True, "CT1")]
 
 
+def test_what_another_peer_was_refused_makes_no_series_incomplete(hospital: Hospital) -> None:
+    hospital.send("CT1", *FIVE)
+    hospital.settle()
+    with hospital.associate("PACS") as pacs:
+        hospital.listener._spool._floor = 1 << 60  # the disk counts as full from here on
+        assert send(pacs, *slices(0)[0]) == 0xA700
+    assert (hospital.generations(), hospital.conflicts()) == ([(5, True, "CT1")], [])
+
+
 def test_a_conflict_that_the_ledger_cannot_take_is_offered_again(
     hospital: Hospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
