@@ -443,16 +443,18 @@ class Spool:
         with suppress(OSError):
             if note := (folder / SENDER).read_text(encoding="ascii", errors="replace"):
                 return note
-        # Received by an earlier version, or the note was lost with the power.
+        # Received by an earlier version, or there was no room for the note.
         for path in sorted(folder.glob("*.dcm")):
             with suppress(OSError, ValueError, struct.error):
                 return _sender(path)
         return ""
 
     def _claim(self, folder: Path, sender: str) -> None:
-        """Note whom a series belongs to. Not synced: where the loss of power takes the note, the instances tell."""
-        with suppress(OSError):
-            (folder / SENDER).write_text(sender, encoding="ascii", errors="replace")
+        """Note whom a series belongs to; its name is on disk with that of the first instance."""
+        with suppress(OSError), (folder / SENDER).open("w", encoding="ascii", errors="replace") as note:
+            note.write(sender)
+            note.flush()
+            os.fsync(note.fileno())
 
 
 def files(folder: Path) -> list[Path]:

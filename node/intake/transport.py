@@ -205,7 +205,7 @@ class _Caller:
     #: How it will be rejected when its request has come whole.
     answer: Answer | None = None
 
-    @property
+    @functools.cached_property
     def group(self) -> str:
         """What it is counted with."""
         return group(str(self.address[0]))
