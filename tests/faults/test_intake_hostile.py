@@ -383,6 +383,7 @@ def test_a_malformed_request_is_aborted_before_it_has_a_thread(start: Start, fau
     with RawPeer(node.listener.port) as peer, capture_logs() as lines:
         peer.send(fault(request()))
         assert peer.answer() == (7, b"\0\0\2\2")
+        wait_for(lambda: bool(lines), 5, "the log line")
     assert threading.active_count() == threads
     assert [line["reason"] for line in lines] == ["an association request is malformed"]
 
