@@ -233,11 +233,14 @@ def test_the_scanner_may_go_on_with_its_own_series(hospital: Hospital) -> None:
 
 
 def test_what_another_peer_was_refused_makes_no_series_incomplete(hospital: Hospital) -> None:
-    hospital.send("CT1", *FIVE)
-    hospital.settle()
-    with hospital.associate("PACS") as pacs:
-        hospital.listener._spool._floor = 1 << 60  # the disk counts as full from here on
-        assert send(pacs, *slices(0)[0]) == 0xA700
+    spool = hospital.listener._spool
+    with hospital.associate("CT1") as scanner, hospital.associate("PACS") as pacs:
+        assert [send(scanner, *one) for one in FIVE] == [0] * 5
+        spool._floor = 1 << 60  # the disk counts as full
+        assert send(pacs, *slices(5)[0]) == 0xA700
+        spool._floor = 0
+        scanner.send(RELEASE)
+        assert scanner.answer()[0] == 6
     assert (hospital.generations(), hospital.conflicts()) == ([(5, True, "CT1")], [])
 
 
