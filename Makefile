@@ -15,7 +15,7 @@ PYTEST ?=
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/runtime
-	@$(BIN)/python -c 'from node.broker import redis_server; redis_server()' 2>/dev/null || sh tests/peers.sh redis-server
+	@$(BIN)/python -c 'from node.operations.broker import redis_server; redis_server()' 2>/dev/null || sh tests/peers.sh redis-server
 	@$(BIN)/lungnode demo $(DIR)
 
 test: $(VENV)/develop peers

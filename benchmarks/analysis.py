@@ -66,10 +66,10 @@ def measure(ct: Path, mask: Path, runs: int) -> dict[str, Any]:
 def lungnode(ct: Path, mask: Path) -> dict[str, float]:
     """The third analysis of a process, as a worker does it all day; the first counts from the start of the process."""
     start = time.perf_counter()
-    from models.inference import Segmenter
     from models.registry import load_bundle
     from models.runtime import keep_memory
-    from node.analysis import pipeline
+    from models.segmenter.inference import Segmenter
+    from node.methods.pneumonia import pipeline
 
     paths = files(ct)
     keep_memory()
@@ -122,8 +122,8 @@ def peak_mb() -> float:
 
 
 def written_phantom(folder: Path) -> Path:
-    from models.training.phantom import phantom
-    from node.phantom import write_series
+    from models.phantom.phantom import phantom
+    from node.images.phantom_series import write_series
 
     write_series(phantom(7, shape=SHAPE, severity=2), folder, 7)
     return folder

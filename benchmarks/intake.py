@@ -46,7 +46,7 @@ from node.intake.assembly import Assembly
 from node.intake.listener import Listener, ListenerOptions
 from node.intake.spool import Spool
 from node.intake.transport import DIRECT, STOCK
-from node.processes import settle
+from node.operations.supervisor import settle
 from node.telemetry import logs
 
 ASSOCIATIONS = (1, 4, 8)

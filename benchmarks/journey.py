@@ -26,11 +26,11 @@ from pydicom.uid import generate_uid
 from rich.console import Console
 from rich.table import Table
 
-from models.training.phantom import phantom
+from models.phantom.phantom import phantom
 from node.config import Peer
 from node.delivery.peer import Outgoing
 from node.delivery.push import push_all
-from node.phantom import write_series
+from node.images.phantom_series import write_series
 
 KINDS = ["infection-seg", "lung-seg", "sr", "capture"]
 

@@ -1,6 +1,6 @@
 """How long, and in how much memory, the result objects of a series are made, beside plain highdicom calls.
 
-    python benchmarks/results.py [--slices 300] [--runs 3] [--json]
+    python benchmarks/makers.py [--slices 300] [--runs 3] [--json]
 
 The chest is of ellipsoids, 512 x 512. Runs take turns: lungnode's objects, then the same two segmentations by calls of
 highdicom as its documentation has them (one with a 4D stack of segments, one with the label map that lungnode uses),
@@ -29,8 +29,8 @@ import numpy as np
 import pydicom
 from synthetic_chest import MOMENT, Chest, Shape, make_chest
 
-from node import results
-from node.profile import KINDS, Profile
+from node.results import makers
+from node.results.forms import KINDS, Profile
 
 LESIONS = [((-75.0, 45.0, 55.0), 30.0), ((70.0, 20.0, -50.0), 35.0), ((-70.0, 10.0, -30.0), 12.0)]
 
@@ -39,13 +39,13 @@ Task = Callable[[Chest, Path], Any]
 
 
 def lungnode(chest: Chest, folder: Path) -> None:
-    made = results.build(chest.volume, chest.findings, None, folder, [Profile(KINDS)], content_datetime=MOMENT)
+    made = makers.build(chest.volume, chest.findings, None, folder, [Profile(KINDS)], content_datetime=MOMENT)
     assert [one.problems for one in made] == [()] * len(KINDS)
 
 
 def lungnode_seg(chest: Chest, folder: Path) -> None:
     profile = Profile(("infection-seg", "lung-seg"))
-    results.build(chest.volume, chest.findings, None, folder, [profile], content_datetime=MOMENT)
+    makers.build(chest.volume, chest.findings, None, folder, [profile], content_datetime=MOMENT)
 
 
 def highdicom_stack(chest: Chest, folder: Path) -> None:

@@ -27,17 +27,17 @@ from ohif import opened, running_browser, served, viewer_files
 from results import LESIONS, highdicom_labelmap
 from synthetic_chest import MOMENT, Shape, make_chest
 
-from node import results
 from node.config import Peer
 from node.delivery.peer import Outgoing
 from node.delivery.push import push_all
-from node.profile import Profile
+from node.results import makers
+from node.results.forms import Profile
 
 
 def segmentations(folder: Path, slices: int) -> tuple[dict[str, Path], list[Path], str]:
     """The two segmentations of the lungs, all files to send, and the study."""
     chest = make_chest(folder / "ct", Shape(slices=slices, rows=512, columns=512), LESIONS)
-    (ours,) = results.build(
+    (ours,) = makers.build(
         chest.volume, chest.findings, None, folder, [Profile(("lung-seg",))], content_datetime=MOMENT
     )
     plain = folder / "plain"

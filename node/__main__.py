@@ -1,5 +1,5 @@
 """`python -m node` is `lungnode`."""
 
-from node.cli import app
+from node.cli.main import app
 
 app()

@@ -23,7 +23,7 @@ from pydicom.datadict import tag_for_keyword
 from pydicom.multival import MultiValue
 
 from node.network import addresses as network
-from node.profile import CAPTURE_FORMS, KINDS, Kind, Profile, SegForm, SrForm
+from node.results.forms import CAPTURE_FORMS, KINDS, Kind, Profile, SegForm, SrForm
 
 #: Where settings are looked for when no file is named: the environment first, then the working folder.
 CONFIG_VARIABLE = "LUNGNODE_CONFIG"

@@ -29,21 +29,23 @@ from sqlalchemy.orm import Session
 
 from models.registry import load_bundle
 from models.runtime import CardMemoryError
-from node import earlier, results, retention
-from node.analysis import pipeline
-from node.analysis.findings import Findings
-from node.analysis.summary import summary
-from node.analysis.volume import Volume, VolumeError
+from node.analysis import priors
 from node.config import Settings, load
 from node.delivery import superseding
 from node.delivery.outbox import Outbox
-from node.ledger import Analysis, Delivery, Lease, Ledger, Object, Series, State
-from node.processes import settle
-from node.profile import FALLBACK, Profile
+from node.files import retention
+from node.images.volume import Volume, VolumeError
+from node.ledger.store import Analysis, Delivery, Lease, Ledger, Object, Series, State
+from node.methods.pneumonia import pipeline
+from node.methods.pneumonia.findings import Findings
+from node.methods.pneumonia.serialise import summary
+from node.operations.supervisor import settle
+from node.results import makers
+from node.results.forms import FALLBACK, Profile
 from node.telemetry import logs
 
 if TYPE_CHECKING:
-    from models.inference import Segmenter
+    from models.segmenter.inference import Segmenter
 
 log = structlog.get_logger(__name__)
 
@@ -123,8 +125,8 @@ def segmenter(
     device: str, lungs: str = "lungs", infection: str = "infection", installed: Path | None = None
 ) -> Segmenter:
     """The networks of the pneumonia analysis, loaded once in a process; `installed` holds models of one's own."""
-    from models.inference import Segmenter  # torch takes seconds to import; only the analyse worker needs it
     from models.runtime import keep_memory
+    from models.segmenter.inference import Segmenter  # torch takes seconds to import; only the analyse worker needs it
 
     chosen = None if device == "auto" else device
     keep_memory()
@@ -238,7 +240,7 @@ class _Work:
     row: int
     series_uid: str
     paths: list[Path]
-    part: results.Part
+    part: makers.Part
     note: str
     folder: Path
     #: What each peer gets, and in which form, by the peer's name.
@@ -255,7 +257,7 @@ class _Made:
 
     state: State
     reason: str
-    objects: list[results.ResultObject]
+    objects: list[makers.ResultObject]
     summary: dict[str, Any] | None = None
 
 
@@ -284,7 +286,7 @@ def _begin(here: Node, row: int) -> _Work:
             row,
             series.series_instance_uid,
             [here.spool / name for name in analysis.instances or series.instances],
-            results.Part(analysis.acquisition, series.analyses.index(analysis)),
+            makers.Part(analysis.acquisition, series.analyses.index(analysis)),
             analysis.note,
             here.results / series.series_instance_uid / f"{series.generation}-{analysis.id}",
             {peer: here.settings.profile(peer, kinds) for peer, kinds in analysis.destinations.items()},
@@ -297,7 +299,7 @@ def _begin(here: Node, row: int) -> _Work:
 
 def _recorded(here: Node, lease: Lease, work: _Work, made: _Made) -> set[str]:
     """Record what an analysis came to, in one transaction; gives the peers to whom something is owed."""
-    notes: dict[_Outdated, results.ResultObject] = {}
+    notes: dict[_Outdated, makers.ResultObject] = {}
     while True:
         try:
             with lease.finish(made.state, made.reason) as session:
@@ -338,9 +340,9 @@ def _make(here: Node, work: _Work) -> _Made:
         return _not_analysed(work, str(refusal))
     if work.note:
         findings = replace(findings, notes=(work.note, *findings.notes))
-    before = earlier.results_of(here.ledger, here.spool, work.row, findings.models)
+    before = priors.results_of(here.ledger, here.spool, work.row, findings.models)
     profiles = _with_fallback(work.profiles)
-    made = results.build(
+    made = makers.build(
         volume,
         findings,
         None,
@@ -384,9 +386,7 @@ def _not_analysed(work: _Work, reason: str) -> _Made:
         return _Made("refused", f"not analysed: {reason}", [])
     headers = _headers(work.paths)
     profiles = _with_fallback(work.profiles)
-    made = results.not_analysed(
-        headers, reason, work.folder, profiles, content_datetime=work.content_at, part=work.part
-    )
+    made = makers.not_analysed(headers, reason, work.folder, profiles, content_datetime=work.content_at, part=work.part)
     return _Made("refused", f"not analysed: {reason}", made)
 
 
@@ -442,7 +442,7 @@ def _with_fallback(profiles: dict[str, Profile]) -> list[Profile]:
     return [*profiles.values(), *(replace(one, kinds=(FALLBACK,)) for one in profiles.values())]
 
 
-def _as_row(here: Node, made: results.ResultObject, profiles: dict[str, Profile]) -> Object:
+def _as_row(here: Node, made: makers.ResultObject, profiles: dict[str, Profile]) -> Object:
     """The object, and what is owed of it; one that did not pass its check is refused before it is sent."""
     peers = [peer for peer, profile in profiles.items() if profile in made.profiles]
     ended: dict[str, Any] = {}
@@ -458,7 +458,7 @@ def _as_row(here: Node, made: results.ResultObject, profiles: dict[str, Profile]
     )
 
 
-def _stopped(made: results.ResultObject) -> str:
+def _stopped(made: makers.ResultObject) -> str:
     return f"stopped before sending, as its check failed: {'; '.join(made.problems)}"
 
 
@@ -475,7 +475,7 @@ class _NoteLackingError(Exception):
 
 
 def _rejection_notes(
-    here: Node, session: Session, analysis: Analysis, notes: dict[_Outdated, results.ResultObject]
+    here: Node, session: Session, analysis: Analysis, notes: dict[_Outdated, makers.ResultObject]
 ) -> list[Object]:
     """Notes that name what the objects of this analysis outdate, for the peers that act on them.
 
@@ -503,10 +503,10 @@ def _rejection_notes(
     return rows
 
 
-def _write_note(work: _Work, outdated: _Outdated) -> results.ResultObject:
+def _write_note(work: _Work, outdated: _Outdated) -> makers.ResultObject:
     header = first_header(work.paths)
     digest = hashlib.sha256(repr(outdated).encode()).hexdigest()[:8]
-    return results.rejection_note(header, outdated, work.folder, f"rejection-note-{digest}", work.content_at, work.part)
+    return makers.rejection_note(header, outdated, work.folder, f"rejection-note-{digest}", work.content_at, work.part)
 
 
 def _length(connection: Any, queue: str) -> int:

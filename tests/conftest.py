@@ -21,11 +21,11 @@ import httpx
 import hypothesis
 import pytest
 
-from node import ledger as ledger_module
-from node import status
+from node.cli import render
 from node.delivery import outbox as outbox_module
 from node.delivery import peer as peer_module
-from node.ledger import Ledger
+from node.ledger import store as ledger_module
+from node.ledger.store import Ledger
 from node.tasks import LEDGER
 
 # A machine that is busy with other work is no reason to fail.
@@ -135,7 +135,10 @@ def tool(name: str) -> str:
         "redis-server": "redis-server",
         "segimage2itkimage": "dcmqi (pip)",
     }
-    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:{Path(sys.executable).parent}")
+    # The environment's own programs come last: pynetdicom brings a storescu of its own, with other options than DCMTK's.
+    own = str(Path(sys.executable).parent)
+    system = [folder for folder in os.environ["PATH"].split(os.pathsep) if folder != own]
+    found = shutil.which(name, path=os.pathsep.join([*system, "/usr/sbin", own]))
     if found is None:
         pytest.skip(f"{name} is not installed; it comes with {packages.get(name, 'dcmtk')}")
     return found
@@ -260,7 +263,7 @@ class RunningNode:
     def states(self) -> list[str]:
         """Where each series stands, from the ledger: for those who wait, as the command takes seconds of a core."""
         ledger = Ledger(f"sqlite:///{self.settings_file.parent / 'var' / LEDGER}")
-        return [status.state(series) for series in status.all_series(ledger)]
+        return [render.state(series) for series in render.all_series(ledger)]
 
     def status(self) -> list[dict[str, Any]]:
         """What `lungnode status --json` prints."""

@@ -11,9 +11,9 @@ from conftest import REPOSITORY
 from typer.core import TyperGroup
 
 from node import __version__
-from node.cli import app
+from node.cli.main import app
+from node.cli.render import STYLE
 from node.results.report import PRIVATE_CODES
-from node.status import STYLE
 
 README = (REPOSITORY / "README.md").read_text()
 

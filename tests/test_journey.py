@@ -18,8 +18,8 @@ import SimpleITK
 from conftest import Orthanc, RunningNode, running_node, tool, wait_for
 from pydicom import Dataset, dcmread
 
-from models.training.phantom import phantom
-from node.phantom import write_series
+from models.phantom.phantom import phantom
+from node.images.phantom_series import write_series
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 

@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 from pydicom import dcmread
 
+from models.phantom.phantom import phantom
 from models.registry import BundleError
 from models.runtime import CardMemoryError
-from models.training.phantom import phantom
-from node import ledger as ledger_module
-from node import reception, tasks
-from node.analysis.volume import VolumeError
+from node import tasks
+from node.analysis.folder import closed_folder
+from node.cli.render import all_series, deliveries, silent_peers, state
 from node.config import Settings
+from node.images.phantom_series import write_series
+from node.images.volume import VolumeError
+from node.intake import closing
 from node.intake.assembly import ClosedSeries
-from node.ledger import MAX_ANALYSIS_ATTEMPTS, MAX_BACKOFF_S
-from node.offline import closed_folder
-from node.phantom import write_series
-from node.status import all_series, deliveries, silent_peers, state
+from node.ledger import store as ledger_module
+from node.ledger.store import MAX_ANALYSIS_ATTEMPTS, MAX_BACKOFF_S
 from node.tasks import Node
 
 
@@ -36,7 +37,7 @@ class Clock:
 @pytest.fixture
 def rung(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | str]]:
     bells: list[tuple[str, int | str]] = []
-    for module in (tasks, reception):
+    for module in (tasks, closing):
         monkeypatch.setattr(module, "ring", lambda work, rows: bells.extend((work, row) for row in rows))
     return bells
 
@@ -59,7 +60,7 @@ def receive(here: Node, *, complete: bool = True, **tags: str) -> ClosedSeries:
         header.save_as(first)
     (closed,) = closed_folder(here.spool)
     closed = dataclasses.replace(closed, calling_ae="PACS", complete=complete)
-    reception.series_closed(here, closed)
+    closing.series_closed(here, closed)
     return closed
 
 
@@ -67,7 +68,7 @@ def test_routed_chest_ct_is_owed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
 ) -> None:
     here = make_node(tmp_path, monkeypatch)
-    reception.series_closed(here, receive(here))
+    closing.series_closed(here, receive(here))
     assert rung == [("analyse", 1)]
     (series,) = all_series(here.ledger)
     assert state(series) == "waiting"
@@ -91,7 +92,7 @@ def test_header_that_cannot_be_read_ends_in_sight(
     closed = receive(here)
     broken = dataclasses.replace(closed, instances=closed.instances[:30], paths=closed.paths[:30])
     broken.paths[0].write_bytes(b"Doe^Jane")
-    reception.series_closed(here, broken)
+    closing.series_closed(here, broken)
     newest = all_series(here.ledger)[0]
     assert "its header cannot be read" in newest.verdict
     assert "Doe" not in newest.verdict

@@ -1,1 +1,1 @@
-"""From a series on disk to findings: HU volume, networks, measurements."""
+"""Running one analysis: the same from a worker and from the command line."""

@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 
 from node.config import Peer, Settings
 from node.delivery.peer import NobodyThereError, PeerError, answering_association, hexadecimal, status_of
-from node.ledger import Commitment, Delivery, Ledger, Object, backoff_s, free
+from node.ledger.store import Commitment, Delivery, Ledger, Object, backoff_s, free
 from node.telemetry.logs import plainly
 
 log = structlog.get_logger(__name__)

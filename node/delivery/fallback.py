@@ -7,8 +7,8 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from node.config import Peer
-from node.ledger import Delivery, Ledger
-from node.profile import FALLBACK, STOPPED, Profile
+from node.ledger.store import Delivery, Ledger
+from node.results.forms import FALLBACK, STOPPED, Profile
 
 
 def owe(ledger: Ledger, session: Session, refused: Delivery, peer: Peer) -> None:

@@ -24,8 +24,8 @@ from node.config import Peer
 from node.delivery import commitment, fallback
 from node.delivery.peer import MAX_CONTEXTS, ByAssociation, Outgoing, PeerError, association, contexts_for
 from node.delivery.stow import ByStow
-from node.ledger import Analysis, Delivery, Lease, Ledger, LineLease, Object, Series, State, free
-from node.profile import STOPPED
+from node.ledger.store import Analysis, Delivery, Lease, Ledger, LineLease, Object, Series, State, free
+from node.results.forms import STOPPED
 from node.telemetry.logs import plainly
 
 log = structlog.get_logger(__name__)

@@ -12,7 +12,7 @@ import time
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from node.ledger import Analysis, Delivery, Ledger, Object, Series
+from node.ledger.store import Analysis, Delivery, Ledger, Object, Series
 
 #: States of a delivery in which the peer has the object, or may have it.
 _THERE = ("done", "confirmed", "running")

@@ -21,7 +21,7 @@ import structlog
 
 from node.intake.header import InstanceHeader
 from node.intake.spool import Adoption, Stored
-from node.intake.tiling import FEWEST, GAP_STEPS, Tiling, count_reached, numbers_missing, tile
+from node.intake.stack import FEWEST, GAP_STEPS, Tiling, count_reached, numbers_missing, tile
 from node.telemetry.logs import plainly
 
 __all__ = ["Assembly", "AssociationId", "ClosedSeries", "Conflict", "Ending", "InstanceHeader"]

@@ -237,7 +237,7 @@ class Part:
             Nothing is kept, or it was dropped by age a moment ago.
         """
         with suppress(PermissionError):  # another user's file, of a backup that was restored
-            os.utime(path)  # what comes again is as young as what comes anew (`node.retention`)
+            os.utime(path)  # what comes again is as young as what comes anew (`node.files.retention`)
         same = self._same_as(path)
         _fsync_folder(path.parent)
         path.stat()  # still here, and not dropped while it was compared

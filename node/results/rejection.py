@@ -14,7 +14,7 @@ from pydicom.sequence import Sequence as Items
 from pydicom.sr.coding import Code
 from pydicom.uid import KeyObjectSelectionDocumentStorage
 
-from node.results.identity import MODEL_NAME, Analysis, code_item, describe
+from node.results.provenance import MODEL_NAME, Analysis, code_item, describe
 
 #: (SOP class UID, SOP instance UID, series instance UID) of an object that is taken out of use.
 Outdated = tuple[str, str, str]

@@ -26,20 +26,13 @@ from pydicom.sr.coding import Code
 from pydicom.uid import Comprehensive3DSRStorage, ComprehensiveSRStorage
 
 from node import __version__
-from node.analysis.findings import LEFT, RIGHT, Findings, Lesion, Region
-from node.analysis.volume import Volume
-from node.profile import SEGMENTATIONS, Profile
+from node.images.volume import Volume
+from node.methods.pneumonia.findings import LEFT, RIGHT, Findings, Lesion, Region
 from node.results.contour import outer_contour
-from node.results.identity import (
-    MANUFACTURER,
-    MODEL_NAME,
-    NOT_FOR_DIAGNOSIS,
-    Analysis,
-    describe,
-    uid_of,
-)
+from node.results.forms import SEGMENTATIONS, Profile
+from node.results.provenance import MANUFACTURER, MODEL_NAME, NOT_FOR_DIAGNOSIS, Analysis, describe, uid_of
 from node.results.segmentation import LEFT_LUNG, PNEUMONIA, RIGHT_LUNG, segments, sop_class_uid
-from node.results.statement import LIMITS, coverage, sentences
+from node.results.wording import LIMITS, coverage, sentences
 
 #: Lesions that get a measurement group, largest first; the others count in the sums only. A viewer lists a row for
 #: each, and more than ten hide the lungs' own.

@@ -20,10 +20,10 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStor
 from pydicom.valuerep import DSfloat
 
 from node import __version__
-from node.analysis.findings import LEFT, RIGHT, Findings
-from node.analysis.volume import Volume
-from node.profile import Profile, SegForm
-from node.results.identity import MANUFACTURER, MODEL_NAME, NOT_FOR_DIAGNOSIS, Analysis, describe, uid_of
+from node.images.volume import Volume
+from node.methods.pneumonia.findings import LEFT, RIGHT, Findings
+from node.results.forms import Profile, SegForm
+from node.results.provenance import MANUFACTURER, MODEL_NAME, NOT_FOR_DIAGNOSIS, Analysis, describe, uid_of
 
 #: SOP class of LABELMAP segmentations (PS3.4 B.5), younger than pydicom's names.
 LABELMAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"

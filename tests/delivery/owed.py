@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from node.config import Peer
 from node.delivery.outbox import Outbox
-from node.ledger import Analysis, Delivery, Ledger, Object
+from node.ledger.store import Analysis, Delivery, Ledger, Object
 
 
 def write_object(path: Path, sop_class_uid: str, study_uid: str, side: int = 16) -> Dataset:

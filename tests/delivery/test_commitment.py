@@ -15,11 +15,11 @@ from pydicom import Dataset
 from pydicom.uid import CTImageStorage, SegmentationStorage
 from sqlalchemy import select, update
 
-from node import reception
 from node.config import Peer, Settings
 from node.delivery import commitment
 from node.delivery.outbox import Outbox
-from node.ledger import MAX_DELIVERY_ATTEMPTS, Commitment, Delivery, Event, Ledger, Line
+from node.intake import closing
+from node.ledger.store import MAX_DELIVERY_ATTEMPTS, Commitment, Delivery, Event, Ledger, Line
 from node.tasks import Node
 
 pytestmark = [
@@ -47,7 +47,7 @@ def listening(tmp_path: Path, ledger: Ledger) -> Iterator[int]:
     me = {"host": "127.0.0.1", "port": port}
     settings = Settings.model_validate({"data": tmp_path / "var", "listener": me, "peers": peers})
     Node.open(settings)
-    listener = reception.intake(Node(settings, ledger))
+    listener = closing.intake(Node(settings, ledger))
     listener.start()
     yield port
     listener.stop()

@@ -16,11 +16,11 @@ from pydicom.uid import Comprehensive3DSRStorage, CTImageStorage, SegmentationSt
 from pynetdicom import AE
 from sqlalchemy import insert, select, update
 
-from node import ledger as ledger_module
 from node.config import Peer
 from node.delivery import outbox as outbox_module
 from node.delivery.outbox import ORDERED_ATTEMPTS
-from node.ledger import Analysis, Delivery, Event, Ledger, Object, Series
+from node.ledger import store as ledger_module
+from node.ledger.store import Analysis, Delivery, Event, Ledger, Object, Series
 
 #: pynetdicom drops the sockets of connections that failed without closing them; Python closes them, and warns.
 pytestmark = [

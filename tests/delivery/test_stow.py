@@ -21,7 +21,7 @@ from sqlalchemy import select
 
 from node.config import Peer
 from node.delivery.stow import credentials_variable
-from node.ledger import Delivery, Ledger, Line
+from node.ledger.store import Delivery, Ledger, Line
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 

@@ -15,16 +15,18 @@ from pydicom.uid import KeyObjectSelectionDocumentStorage, MultiFrameTrueColorSe
 from sqlalchemy import update
 from test_journey import run
 
-from models.training.phantom import phantom
-from node import ledger as ledger_module
-from node import reception, results, tasks
+from models.phantom.phantom import phantom
+from node import tasks
+from node.analysis.folder import closed_folder
+from node.cli.render import all_series, deliveries, state, to_do
 from node.config import Peer, Settings
 from node.delivery.outbox import Outbox
+from node.images.phantom_series import write_series
+from node.intake import closing
 from node.intake.assembly import ClosedSeries
-from node.ledger import Delivery, Series
-from node.offline import closed_folder
-from node.phantom import write_series
-from node.status import all_series, deliveries, state, to_do
+from node.ledger import store as ledger_module
+from node.ledger.store import Delivery, Series
+from node.results import makers
 from node.tasks import Node
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -35,7 +37,7 @@ def make_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, notes: bool = 
     route = {"name": "chest", "from": ["pacs"], "to": {"pacs": ["sr", "capture"]}}
     here = Node.open(Settings.model_validate({"data": tmp_path / "var", "peers": {"pacs": pacs}, "routes": [route]}))
     monkeypatch.setattr(tasks, "node", lambda: here)
-    for module in (tasks, reception):
+    for module in (tasks, closing):
         monkeypatch.setattr(module, "ring", lambda *_: None)
     return here
 
@@ -57,7 +59,7 @@ def close(here: Node, slices: int) -> None:
             "reason": f"incomplete: {slices} slices",
         }
     )
-    reception.series_closed(here, some)
+    closing.series_closed(here, some)
 
 
 def newest_first(here: Node) -> list[Series]:
@@ -86,14 +88,14 @@ def test_analysis_that_waits_gives_way_only_to_one_that_will_be_done(
     if gap:
         paths[39].rename(tmp_path / "last")
     (first,) = closed_folder(here.spool)
-    reception.series_closed(here, dataclasses.replace(first, calling_ae="ORTHANC"))
+    closing.series_closed(here, dataclasses.replace(first, calling_ae="ORTHANC"))
     assert here.ledger.analyses_owed() == [1]
     if gap:
         (tmp_path / "last").rename(paths[39])
     else:
         late.write_bytes(kept)
     (again,) = closed_folder(here.spool)
-    reception.series_closed(here, dataclasses.replace(again, calling_ae=sender))
+    closing.series_closed(here, dataclasses.replace(again, calling_ae=sender))
     newer, older = newest_first(here)
     assert older.analyses[0].state == ("waiting" if gap or sender == "ELSEWHERE" else "superseded")
     assert [one.not_analysed is None for one in newer.analyses] == ([] if sender == "ELSEWHERE" else [not gap])
@@ -233,7 +235,7 @@ def test_note_is_written_while_others_write_to_the_ledger_and_names_what_was_sen
         under_way.state, under_way.lease_until = "running", time.time() + 60
     close(here, 39)
     written: list[int] = []
-    write = results.rejection_note
+    write = makers.rejection_note
 
     def meanwhile(header: Any, outdated: Any, *rest: Any) -> Any:
         written.append(len(outdated))
@@ -242,7 +244,7 @@ def test_note_is_written_while_others_write_to_the_ledger_and_names_what_was_sen
                 session.execute(update(Delivery).where(Delivery.id == 2).values(state="done"))
         return write(header, outdated, *rest)
 
-    monkeypatch.setattr(results, "rejection_note", meanwhile)
+    monkeypatch.setattr(makers, "rejection_note", meanwhile)
     tasks.analyse(2)
     newer = newest_first(here)[0].analyses[0]
     assert (newer.state, written) == ("refused", [1, 2])

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from node import reception, results, tasks
+from node import tasks
 from node.delivery import superseding
 from node.delivery.peer import ByAssociation
+from node.intake import closing
 from node.intake.spool import Part
-from node.ledger import Lease
+from node.ledger.store import Lease
+from node.results import makers
 
 #: Seconds that a worker waits for an answer of Redis.
 SOCKET_S = 4
@@ -20,11 +22,11 @@ SOCKET_S = 4
 STEPS: dict[str, tuple[Any, str, bool]] = {
     "instance written, not synced": (Part, "keep", False),
     "instance kept, not acknowledged": (Part, "keep", True),
-    "series closed, not recorded": (reception, "series_closed", False),
-    "series recorded, bell not rung": (reception, "ring", False),
+    "series closed, not recorded": (closing, "series_closed", False),
+    "series recorded, bell not rung": (closing, "ring", False),
     "analysis taken": (tasks, "_begin", False),
     "analysis begun": (tasks, "_begin", True),
-    "one object written": (results, "_write", True),
+    "one object written": (makers, "_write", True),
     "all objects written": (superseding, "supersede", False),
     "in the midst of the record": (tasks, "_rejection_notes", False),
     "analysis recorded, bell not rung": (Lease, "finish", True),

@@ -121,7 +121,7 @@ READER = """
 import resource, signal, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
-from node.analysis.volume import VolumeError, read_volume
+from node.images.volume import VolumeError, read_volume
 def too_long(*_):
     raise SystemExit("too long")
 signal.signal(signal.SIGALRM, too_long)

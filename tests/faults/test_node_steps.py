@@ -24,18 +24,20 @@ from structlog.testing import capture_logs
 from typer.testing import CliRunner
 from whole_node import chest
 
-from node import ledger as ledger_module
-from node import reception, results, tasks
-from node.cli import app
+from node import tasks
+from node.analysis.folder import closed_folder
+from node.cli.main import app
+from node.cli.render import all_series, deliveries, state, to_do
 from node.config import Settings
 from node.delivery.peer import ByAssociation
+from node.images.phantom_series import write_series
 from node.intake import assembly as assembly_module
+from node.intake import closing
 from node.intake.assembly import Assembly, AssociationId
 from node.intake.spool import Spool
-from node.ledger import Lease
-from node.offline import closed_folder
-from node.phantom import write_series
-from node.status import all_series, deliveries, state, to_do
+from node.ledger import store as ledger_module
+from node.ledger.store import Lease
+from node.results import makers
 from node.tasks import Node
 
 pytestmark = [
@@ -59,7 +61,7 @@ def make_node(data: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     route = {"name": "chest", "to": {"pacs": ["sr", "capture"]}}
     here = Node.open(Settings.model_validate({"data": data, "peers": peers, "routes": [route]}))
     monkeypatch.setattr(tasks, "node", lambda: here)
-    for module in (tasks, reception):
+    for module in (tasks, closing):
         monkeypatch.setattr(module, "ring", lambda *_: None)
     return here
 
@@ -69,7 +71,7 @@ def receive(here: Node) -> None:
     paths = write_series(chest(), folder, 3)
     paths[20].unlink()
     (closed,) = closed_folder(folder)
-    reception.series_closed(here, closed)
+    closing.series_closed(here, closed)
 
 
 def work_on(here: Node, pacs: BadPacs, seconds: float = 30, until: str = "not analysed") -> None:
@@ -125,7 +127,7 @@ FINISH = Lease.finish
 ANALYSIS_STEPS = {
     "taken": (tasks, "_begin", die),
     "begun": (tasks, "_begin", then_die(tasks._begin)),
-    "one object written": (results, "_write", then_die(results._write)),
+    "one object written": (makers, "_write", then_die(makers._write)),
     "all objects written": (Lease, "finish", die),
     "in the midst of the record": (tasks, "_rejection_notes", die),
     "recorded, bell not rung": (Lease, "finish", finish_then_die),
@@ -294,7 +296,7 @@ def test_disk_that_is_full_when_a_series_closes_leaves_it_open_until_it_can_be_r
     folder = here.spool / "1.2" / "1.3"
     paths = write_series(chest(), folder, 3)
     paths[20].unlink()
-    assembly = Assembly(lambda closed: reception.series_closed(here, closed), 0.0)
+    assembly = Assembly(lambda closed: closing.series_closed(here, closed), 0.0)
     assembly.restore(
         AssociationId(1, "CT", "LUNGNODE"), ((one.header, one.path) for one in Spool(here.spool).series("1.2", "1.3"))
     )
@@ -359,7 +361,7 @@ def test_ledger_locked_in_the_midst_of_an_analysis_doubles_nothing(here: Node, m
     receive(here)
     other = sqlite3.connect(here.settings.data / tasks.LEDGER, check_same_thread=False, isolation_level=None)
     made: list[str] = []
-    write = results._write
+    write = makers._write
 
     def lock(*arguments: Any) -> Any:
         if not made:
@@ -367,7 +369,7 @@ def test_ledger_locked_in_the_midst_of_an_analysis_doubles_nothing(here: Node, m
         made.append(arguments[0])
         return write(*arguments)
 
-    monkeypatch.setattr(results, "_write", lock)
+    monkeypatch.setattr(makers, "_write", lock)
     with suppress(Exception):
         tasks.analyse(1)
     other.execute("ROLLBACK")

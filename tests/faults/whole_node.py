@@ -21,13 +21,13 @@ import psutil
 from conftest import REPOSITORY, Orthanc, free_port, wait_for
 from pydicom import dcmread
 
-from models.training.phantom import Phantom, phantom
-from node import status
+from models.phantom.phantom import Phantom, phantom
+from node.cli import render
+from node.cli.render import deliveries
 from node.config import Peer
 from node.delivery.peer import Outgoing, PeerError, association, contexts_for, store
-from node.ledger import Ledger, Series
-from node.phantom import write_series
-from node.status import deliveries
+from node.images.phantom_series import write_series
+from node.ledger.store import Ledger, Series
 
 KINDS = ["infection-seg", "lung-seg", "sr", "capture"]
 
@@ -196,7 +196,7 @@ class WholeNode:
         """What the ledger says."""
         ledger = Ledger(f"sqlite:///{self.data / 'ledger.sqlite'}")
         try:
-            return status.all_series(ledger, 100_000)
+            return render.all_series(ledger, 100_000)
         finally:
             ledger.engine.dispose()
 
@@ -210,11 +210,11 @@ class WholeNode:
                 newest.setdefault(one.series_instance_uid, one)
             return (
                 len(newest) == series
-                and all(status.state(one) == "delivered" for one in newest.values())
-                and not {status.state(one) for one in everything} & {"waiting", "running", "delivering"}
+                and all(render.state(one) == "delivered" for one in newest.values())
+                and not {render.state(one) for one in everything} & {"waiting", "running", "delivering"}
             )
 
-        with suppress_fail(lambda: f"{[status.state(one) for one in self.series()]}\n{self.log}"):
+        with suppress_fail(lambda: f"{[render.state(one) for one in self.series()]}\n{self.log}"):
             wait_for(finished, seconds, f"{series} series to be delivered")
 
     def prove(self) -> str:
@@ -228,7 +228,7 @@ class WholeNode:
             assert dataset_bytes(spool[uid]) == dataset_bytes(sent)
         delivered: list[str] = []
         for one in self.series():
-            complete = status.state(one) == "delivered"
+            complete = render.state(one) == "delivered"
             kinds = [made.kind for analysis in one.analyses for made in analysis.objects]
             assert len(kinds) == len(set(kinds))
             if complete:

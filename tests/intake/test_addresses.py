@@ -22,7 +22,7 @@ from test_listener import Node
 from typer.testing import CliRunner
 
 from node import __version__
-from node.cli import app
+from node.cli.main import app
 from node.config import ADDRESSES_ENFORCED_FROM, Listener, parse
 from node.intake import listener as listener_module
 from node.intake.transport import DIRECT, STOCK

@@ -25,7 +25,7 @@ from node.intake.assembly import (
 )
 from node.intake.header import InstanceHeader
 from node.intake.spool import Stored
-from node.intake.tiling import GAP_STEPS
+from node.intake.stack import GAP_STEPS
 
 QUIET, GRACE = 30.0, 2.0
 CHEST, SCOUT, REPORT = f"{STUDY}.1", f"{STUDY}.2", f"{STUDY}.3"

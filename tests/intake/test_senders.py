@@ -15,12 +15,13 @@ from raw_peer import RELEASE, RawPeer, store
 from structlog.testing import capture_logs
 from test_spool import store as keep
 
-from node import reception, status
+from node.cli import render
 from node.config import Settings
+from node.files.retention import drop_old
+from node.intake import closing
 from node.intake.listener import Listener
 from node.intake.spool import SENDER, Spool
-from node.ledger import Series
-from node.retention import drop_old
+from node.ledger.store import Series
 from node.tasks import Node
 
 #: Where each peer calls from.
@@ -29,7 +30,7 @@ HOMES = {"CT1": "127.0.0.1", "PACS": "127.0.0.2", "A/B ..": "127.0.0.3"}
 
 @pytest.fixture(autouse=True)
 def no_bells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reception, "ring", lambda _work, _rows: None)
+    monkeypatch.setattr(closing, "ring", lambda _work, _rows: None)
 
 
 class Hospital:
@@ -46,8 +47,8 @@ class Hospital:
         self.listener = self._listen()
 
     def _listen(self) -> Listener:
-        listener = reception.intake(self.here)
-        os.close(reception._LOCKS.pop())
+        listener = closing.intake(self.here)
+        os.close(closing._LOCKS.pop())
         listener.start()
         return listener
 
@@ -87,7 +88,7 @@ class Hospital:
 
     def conflicts(self) -> list[str]:
         self.settle()
-        found = status.find(self.here.ledger, SERIES)
+        found = render.find(self.here.ledger, SERIES)
         assert found is not None
         return [event.text for event in found.events if event.stage == "conflict"]
 
@@ -201,9 +202,9 @@ def test_what_does_not_agree_is_a_conflict_and_no_new_generation(
     # What was acknowledged with success is kept, wherever.
     acknowledged = {f"{SERIES}.{n + 1}": raw for (n, raw), answer in zip(sent(), answers, strict=True) if answer == 0}
     assert acknowledged.items() <= {**hospital.kept(), **hospital.kept("from-PACS")}.items()
-    series = status.find(hospital.here.ledger, SERIES)
+    series = render.find(hospital.here.ledger, SERIES)
     assert series is not None
-    assert any("another peer sent other content" in one for one in status.to_do(series))
+    assert any("another peer sent other content" in one for one in render.to_do(series))
     # Neither the same again nor a restart says it twice.
     hospital.send("PACS", *sent())
     hospital.settle()
@@ -250,7 +251,7 @@ def test_a_conflict_that_the_ledger_cannot_take_is_offered_again(
     monkeypatch.setattr("node.intake.assembly.RETRY_S", 0.2)
     hospital.send("CT1", *FIVE)
     hospital.settle()
-    real, failures = reception.conflict_found, [0, 0]
+    real, failures = closing.conflict_found, [0, 0]
 
     def fails(*arguments: Any) -> None:
         if failures:
@@ -258,7 +259,7 @@ def test_a_conflict_that_the_ledger_cannot_take_is_offered_again(
             raise OSError("the ledger is away")
         real(*arguments)
 
-    monkeypatch.setattr(reception, "conflict_found", fails)
+    monkeypatch.setattr(closing, "conflict_found", fails)
     hospital.send("PACS", *slices(5))
     assert len(hospital.conflicts()) == 1
 

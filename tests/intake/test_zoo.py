@@ -18,7 +18,7 @@ from test_listener import Node
 
 from node.intake.header import HeaderError, read_header
 from node.intake.spool import UID
-from node.intake.triage import triage
+from node.methods.pneumonia.triage import triage
 
 pytestmark = [
     pytest.mark.data,

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from models import inference
-from models.inference import (
+from models.phantom.phantom import Phantom, phantom
+from models.registry import load_bundle
+from models.segmenter import inference
+from models.segmenter.inference import (
     LEFT,
     RIGHT,
     Segmentation,
@@ -19,8 +21,6 @@ from models.inference import (
     _on_strides,
     _without_gas,
 )
-from models.registry import load_bundle
-from models.training.phantom import Phantom, phantom
 
 #: Honest floors on phantoms of 40 to 72 slices; the held-out figures are in the bundles' cards.
 LUNG_DICE, SIDE_DICE = 0.90, 0.88

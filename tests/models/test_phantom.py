@@ -6,8 +6,8 @@ import cc3d
 import numpy as np
 import pytest
 
-from models.training.phantom import EXTRA_CHANCE, Extra, Phantom, phantom
-from models.training.pneumonia import MINIMUM_LESION_MM3
+from models.phantom.phantom import EXTRA_CHANCE, Extra, Phantom, phantom
+from models.phantom.pneumonia import MINIMUM_LESION_MM3
 
 SHAPE = (24, 64, 64)
 

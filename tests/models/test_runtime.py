@@ -15,13 +15,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from models import inference, runtime
-from models.inference import Segmentation, Segmenter
+from models import runtime
+from models.phantom.phantom import phantom
 from models.registry import BUNDLES, Bundle, BundleError, list_bundles, load_bundle
 from models.runtime import IR, CardMemoryError, NoIRError, OpenVinoRuntime, TorchRuntime, export, open_runtime
-from models.training.phantom import phantom
+from models.segmenter import inference
+from models.segmenter.inference import Segmentation, Segmenter
 from models.training.sampling import normalise
-from node.analysis.volume import read_volume
+from node.images.volume import read_volume
 
 NAMES = ["lungs", "infection"]
 
@@ -91,7 +92,7 @@ def test_results_keep_their_order_and_shape(kind: type[TorchRuntime]) -> None:
 
 def test_neither_torch_nor_telemetry_is_loaded_for_openvino() -> None:
     script = (
-        "import sys; from models.inference import Segmenter; from models.registry import load_bundle;"
+        "import sys; from models.segmenter.inference import Segmenter; from models.registry import load_bundle;"
         "Segmenter(load_bundle('lungs'), load_bundle('infection'), 'cpu');"
         "print(sorted({'torch', 'monai', 'openvino'} & set(sys.modules)), sys.modules['openvino_telemetry'])"
     )

@@ -18,7 +18,7 @@ from models.networks.efficientnet_unet import EfficientNetUNet
 from models.training import evaluate, train
 from models.training.datasets import Patient, phantoms, stack
 from models.training.sampling import Slices
-from node.cli import app
+from node.cli.main import app
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,11 @@ from pydicom.tag import BaseTag
 from pydicom.uid import UID
 from synthetic_chest import MOMENT, Shape, make_chest
 
-from node import results
 from node.delivery import commitment, peer
-from node.intake import counting, listener, transport, triage
-from node.profile import KINDS, Profile
+from node.intake import listener, series_count, transport
+from node.methods.pneumonia import triage
+from node.results import makers
+from node.results.forms import KINDS, Profile
 
 #: Sequences whose items are listed; those of others follow from the standard's macros.
 _OPENED = (
@@ -111,11 +112,11 @@ def _made(folder: Path, shape: Shape) -> Made:
     )
     moment = MOMENT + timedelta(hours=25 * len(chest.headers))
     profiles = [Profile(KINDS), Profile(("sr",), sr="comprehensive"), Profile(("infection-seg",), seg="labelmap")]
-    built = results.build(volume, findings, chest.headers, folder, profiles, content_datetime=moment)
+    built = makers.build(volume, findings, chest.headers, folder, profiles, content_datetime=moment)
     objects = {one.path.stem: dcmread(one.path) for one in built}
-    refused = results.not_analysed(chest.headers, f"{folder.name} gap", folder, content_datetime=moment)
+    refused = makers.not_analysed(chest.headers, f"{folder.name} gap", folder, content_datetime=moment)
     outdated = [(str(one.SOPClassUID), str(one.SOPInstanceUID), str(one.SeriesInstanceUID)) for one in objects.values()]
-    note = results.rejection_note(header, outdated, folder, "note", moment)
+    note = makers.rejection_note(header, outdated, folder, "note", moment)
     return Made(header, objects | {"not-analysed-sr": dcmread(refused[0].path), "rejection-note": dcmread(note.path)})
 
 
@@ -129,7 +130,7 @@ def _classes(objects: dict[str, Dataset]) -> str:
     services = [
         ("Verification", peer.VERIFICATION, "SCP, SCU", "SCU: `lungnode echo`"),
         (UID(commitment.PUSH_MODEL).name, commitment.PUSH_MODEL, "SCU", "`commitment` of a peer"),
-        (counting.QUERY_MODEL.name, counting.QUERY_MODEL, "SCU", "`may: [count]` of a peer"),
+        (series_count.QUERY_MODEL.name, series_count.QUERY_MODEL, "SCU", "`may: [count]` of a peer"),
         ("every other storage SOP class, private ones too", "", "Storage SCP", "received, kept as sent, not analysed"),
     ]
     return _rows(("SOP class", "UID", "role", "use"), [*sorted(analysed), *sorted(sent), *services])

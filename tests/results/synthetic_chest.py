@@ -15,10 +15,10 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from scipy import ndimage
 
 from models.registry import ModelIdentity
-from models.scan_level import state
-from node.analysis.findings import LEFT, RIGHT, Findings, Lesion, Region
-from node.analysis.orientation import Orientation
-from node.analysis.volume import SourceSlice, Volume
+from models.rules.scan_level import state
+from node.images.orientation import Orientation
+from node.images.volume import SourceSlice, Volume
+from node.methods.pneumonia.findings import LEFT, RIGHT, Findings, Lesion, Region
 
 MOMENT = datetime(2026, 3, 5, 14, 30, 15, 250_000)
 MODELS = (ModelIdentity("lungs", "1.2.0", "a1" * 32), ModelIdentity("infection", "2.0.1", "b2" * 32))

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from synthetic_chest import FEET_FIRST, MODELS, MOMENT, PRONE, Chest, Shape, make_chest
 
-from node import results
-from node.results import Earlier, Profile, pages, typesetting
-from node.results.course import course
-from node.results.drawing import INFECTION, LUNG, PatientView, axial, projection
-from node.results.pages import SIDE, key_planes, not_analysed_page, planes_of, slice_page, summary_page
+from node.results import makers
+from node.results.capture import pages, typesetting
+from node.results.capture.drawing import INFECTION, LUNG, PatientView, axial, projection
+from node.results.capture.pages import SIDE, key_planes, not_analysed_page, planes_of, slice_page, summary_page
+from node.results.makers import Earlier, Profile
+from node.results.trend import course
 
 STORED = {
     "feet first": Shape(orientation=FEET_FIRST, patient_position="FFS"),
@@ -78,7 +79,7 @@ def test_pictures_are_true_to_scale(tmp_path: Path) -> None:
 
 
 def test_the_capture_is_a_summary_and_key_slices(chest: Chest, tmp_path: Path) -> None:
-    (made,) = results.build(
+    (made,) = makers.build(
         chest.volume, chest.findings, None, tmp_path, [Profile(("capture",))], content_datetime=MOMENT
     )
     capture = pydicom.dcmread(made.path)
@@ -144,7 +145,7 @@ def test_colours_differ_in_brightness_too() -> None:
 
 
 def test_the_montage_is_a_picture_of_everything(chest: Chest, tmp_path: Path) -> None:
-    results.overlay_png(chest.volume, chest.findings, tmp_path / "montage.png")
+    makers.overlay_png(chest.volume, chest.findings, tmp_path / "montage.png")
     with Image.open(tmp_path / "montage.png") as montage:
         assert montage.size == (2048, 768)
         assert orange(montage.convert("RGB").crop((768, 0, 2048, 768))).any()
@@ -160,7 +161,7 @@ def test_peers_choose_which_slices_they_get(tmp_path: Path) -> None:
     assert planes_of(view, "every-0.5-mm") == every
     assert planes_of(view, "key-images") == key_planes(view, 20)
     profile = Profile(("capture",), capture="every-20-mm")
-    (made,) = results.build(chest.volume, chest.findings, None, tmp_path, [profile], content_datetime=MOMENT)
+    (made,) = makers.build(chest.volume, chest.findings, None, tmp_path, [profile], content_datetime=MOMENT)
     assert pydicom.dcmread(made.path, stop_before_pixels=True).FrameLabelVector[1] == f"z {view.heights[47]:.1f} mm"
     assert made.path.name == "capture-every-20-mm.dcm"
 

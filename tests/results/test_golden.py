@@ -15,9 +15,9 @@ import pytest
 from PIL import Image, ImageChops, ImageFilter
 from synthetic_chest import Chest, Shape, make_chest
 
-from node.results import Earlier
-from node.results.drawing import PatientView
-from node.results.pages import key_planes, not_analysed_page, slice_page, summary_page
+from node.results.capture.drawing import PatientView
+from node.results.capture.pages import key_planes, not_analysed_page, slice_page, summary_page
+from node.results.makers import Earlier
 
 GOLDEN = Path(__file__).parent / "golden"
 

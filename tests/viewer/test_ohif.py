@@ -18,16 +18,16 @@ from pydicom import Dataset, dcmread
 from pydicom.pixels import pixel_array
 from synthetic_chest import crude_findings, findings_of
 
-from node import results
-from node.analysis import pipeline
-from node.analysis.findings import LEFT, RIGHT, Findings
-from node.analysis.volume import Volume, read_volume
 from node.config import Peer, Stow
 from node.delivery.peer import Outgoing
 from node.delivery.push import push_all
 from node.delivery.stow import ByStow
-from node.profile import KINDS, Profile
-from node.results.drawing import INFECTION
+from node.images.volume import Volume, read_volume
+from node.methods.pneumonia import pipeline
+from node.methods.pneumonia.findings import LEFT, RIGHT, Findings
+from node.results import makers
+from node.results.capture.drawing import INFECTION
+from node.results.forms import KINDS, Profile
 from node.results.segmentation import COLOURS
 from node.tasks import segmenter
 
@@ -74,8 +74,8 @@ def case(data_dir: Path, archive: Orthanc, tmp_path_factory: pytest.TempPathFact
     volume, findings = pipeline.analyse(paths, segmenter("cpu"))
     folder = tmp_path_factory.mktemp("P001")
     profiles = [Profile(KINDS), Profile(("infection-seg",), seg="labelmap")]
-    made = results.build(volume, findings, None, folder, profiles, content_datetime=MOMENT)
-    results.overlay_png(volume, findings, SCREENSHOTS / "overlay.png")
+    made = makers.build(volume, findings, None, folder, profiles, content_datetime=MOMENT)
+    makers.overlay_png(volume, findings, SCREENSHOTS / "overlay.png")
     capture = next(one.path for one in made if one.kind == "capture")
     Image.fromarray(pixel_array(capture, index=0)).save(SCREENSHOTS / "summary.png")
     return sent(archive, volume, findings, paths, made)
@@ -89,7 +89,7 @@ def healthy(data_dir: Path, archive: Orthanc, tmp_path_factory: pytest.TempPathF
     lungs = crude_findings(volume).lungs
     findings = findings_of(volume, lungs, np.zeros(lungs.shape, np.uint16), 0)
     folder = tmp_path_factory.mktemp("normal001")
-    made = results.build(volume, findings, None, folder, content_datetime=MOMENT)
+    made = makers.build(volume, findings, None, folder, content_datetime=MOMENT)
     return sent(archive, volume, findings, paths, made)
 
 
@@ -98,7 +98,7 @@ def series(data_dir: Path, name: str) -> list[Path]:
 
 
 def sent(
-    archive: Orthanc, volume: Volume, findings: Findings, paths: list[Path], made: list[results.ResultObject]
+    archive: Orthanc, volume: Volume, findings: Findings, paths: list[Path], made: list[makers.ResultObject]
 ) -> Case:
     """Send a series and its results as the node sends them: by C-STORE, and label maps by STOW-RS."""
     assert [one.problems for one in made] == [()] * len(made)

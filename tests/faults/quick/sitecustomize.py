@@ -18,17 +18,19 @@ from scipy import ndimage
 from steps import SOCKET_S, STEPS
 
 from models.registry import ModelIdentity
-from node import ledger, processes, tasks
+from node import tasks
 from node.delivery import outbox
 from node.intake import assembly
-from node.ledger import Lease
+from node.ledger import store
+from node.ledger.store import Lease
+from node.operations import supervisor
 
-ledger.LEASE_S = 4.0
-ledger.RING_AGAIN_S = 2.0
-ledger.BACKOFF = {"analyse": (1.0, 1.5, 5.0), "deliver": (1.0, 1.5, 5.0), "line": (1.0, 1.5, 5.0)}
+store.LEASE_S = 4.0
+store.RING_AGAIN_S = 2.0
+store.BACKOFF = {"analyse": (1.0, 1.5, 5.0), "deliver": (1.0, 1.5, 5.0), "line": (1.0, 1.5, 5.0)}
 outbox.LINGER_S = 0.5
 assembly.RETRY_S = 1.0
-processes.RESTART_S = (0.2, 1.0)
+supervisor.RESTART_S = (0.2, 1.0)
 tasks.SWEEP_S = 0.5
 tasks.app.conf.broker_transport_options = {"socket_connect_timeout": 2, "socket_timeout": SOCKET_S}
 
@@ -37,7 +39,7 @@ class _Threshold:
     identities = (ModelIdentity("lungs", "0", "a" * 64), ModelIdentity("infection", "0", "b" * 64))
 
     def __call__(self, hu: Any, _spacing: Any, _tell: Any) -> Any:
-        from models.inference import Segmentation
+        from models.segmenter.inference import Segmentation
 
         air, _ = ndimage.label(hu < -400)
         outside = np.unique(np.concatenate([air[:, 0].ravel(), air[:, -1].ravel(), air[:, :, 0].ravel()]))

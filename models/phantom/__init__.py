@@ -1,0 +1,1 @@
+"""Procedural chest CT with exact masks."""

@@ -1,0 +1,1 @@
+"""Published scan-level rules."""

@@ -1,0 +1,1 @@
+"""Segmentation of a volume: lungs first, then infection within them."""

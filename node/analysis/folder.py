@@ -1,0 +1,139 @@
+"""Analysis of a folder without a network: the node's own triage, analysis and objects, for `lungnode analyse`."""
+
+from __future__ import annotations
+
+import mmap
+import re
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_file_meta_info
+from rich.progress import Progress
+
+from node.images.volume import VolumeError
+from node.intake.assembly import Assembly, AssociationId, ClosedSeries
+from node.intake.header import HeaderError, InstanceHeader, read_header
+from node.intake.spool import Stored
+from node.methods.pneumonia import pipeline
+from node.methods.pneumonia.serialise import summary
+from node.methods.pneumonia.triage import Verdict, triage
+from node.results import makers
+from node.tasks import segmenter
+
+
+class NothingToAnalyse(ValueError):  # noqa: N818 - not an error of the program
+    """A folder holds no chest CT that can be analysed; the message says why for each series."""
+
+
+@dataclass(frozen=True)
+class Analysed:
+    """A summary (`node.methods.pneumonia.serialise.summary`) and the files written, relative to the out folder."""
+
+    #: Which of a series' acquisitions it is of; empty where it has but one.
+    acquisition: str
+    summary: dict[str, Any]
+    files: list[str]
+
+
+def analyse_folder(folder: Path, out: Path, device: str, progress: Progress) -> list[Analysed]:
+    """Analyse every chest CT series at or below `folder`, and each acquisition in it.
+
+    Each gets a folder of its own when there are several. What one would expect to be analysed and was not is told on
+    the console.
+
+    Raises
+    ------
+    NothingToAnalyse
+        No series was analysed.
+    """
+    bar = progress.add_task("reading headers", total=None)
+    series = closed_folder(folder)
+    chosen, reasons, missed = [], list[str](), list[str]()
+    for one in series:
+        for number, verdict in enumerate(triage(one)):
+            name = f"series {one.series_instance_uid}{f', {verdict.acquisition}' if verdict.acquisition else ''}"
+            if verdict.analyse:
+                chosen.append((name, one, verdict, makers.Part(verdict.acquisition, number)))
+            else:
+                reasons.append(f"{name}: {verdict.reason}")
+                missed += [reasons[-1]] if verdict.tell else []
+    several = len({one.series_instance_uid for _, one, _, _ in chosen}) > 1
+    done = []
+    for name, one, verdict, part in chosen:
+        target = out / one.series_instance_uid if several else out
+        if sum(other is one for _, other, _, _ in chosen) > 1:
+            target /= re.sub("[^a-z0-9.]+", "-", part.name)
+        try:
+            done.append(_analyse(one, verdict, part, target, out, device, progress, bar))
+        except VolumeError as reason:
+            reasons.append(f"{name}: not analysed: {reason}")
+            missed.append(reasons[-1])
+    if not done:
+        raise NothingToAnalyse("\n".join(reasons) or f"no DICOM series in {folder}")
+    for text in missed:
+        progress.console.print(text, style="yellow", highlight=False, soft_wrap=True)
+    return done
+
+
+def closed_folder(folder: Path) -> list[ClosedSeries]:
+    """Every series at or below a folder, closed and judged as the listener would."""
+    closed: list[ClosedSeries] = []
+    assembly = Assembly(closed.append, quiet_s=0.0)
+    association = AssociationId(0, "", "")
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        try:
+            assembly.received(association, _header(path), Stored(path, "new"))
+        except (HeaderError, InvalidDicomError, AttributeError):
+            continue
+    assembly.association_ended(association)
+    assembly.tick()
+    return closed
+
+
+def _header(path: Path) -> InstanceHeader:
+    """Header of a Part 10 file, read as far as the pixel data.
+
+    Raises
+    ------
+    HeaderError, InvalidDicomError, AttributeError
+        The file is no Part 10 file, or holds no data set that can be filed.
+    """
+    meta = read_file_meta_info(path)
+    # Preamble and prefix, the group length element, and what it counts (PS3.10 7.1).
+    start = 128 + 4 + 12 + int(meta.FileMetaInformationGroupLength)
+    with path.open("rb") as file:
+        # Mapped, not read: the walk stops at the pixel data, so only the first pages come from disk.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return read_header(memoryview(mapped)[start:], str(meta.TransferSyntaxUID))
+
+
+def _analyse(
+    series: ClosedSeries,
+    verdict: Verdict,
+    part: makers.Part,
+    target: Path,
+    out: Path,
+    device: str,
+    progress: Progress,
+    bar: Any,
+) -> Analysed:
+    def show(stage: str, fraction: float) -> None:
+        progress.update(bar, description=stage, total=1.0, completed=fraction)
+
+    paths = [series.paths[n] for n in verdict.part] or series.paths
+    volume, findings = pipeline.analyse(paths, segmenter(device), show)
+    if verdict.note:
+        findings = replace(findings, notes=(verdict.note, *findings.notes))
+    show("making objects", 0.0)
+    target.mkdir(parents=True, exist_ok=True)
+    made = makers.build(volume, findings, None, target, content_datetime=datetime.now().astimezone(), part=part)
+    overlay = target / "overlay.png"
+    makers.overlay_png(volume, findings, overlay)
+    for one in made:
+        if one.problems:
+            progress.console.print(f"{one.path.name} must not be used: {'; '.join(one.problems)}")
+    files = [str(path.relative_to(out)) for path in (*(one.path for one in made), overlay)]
+    return Analysed(part.name, summary(findings, volume), files)

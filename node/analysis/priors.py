@@ -1,0 +1,77 @@
+"""Earlier results of a patient, from the ledger: what a new result is compared with.
+
+Who the patient is stands in the received files only, so those of the latest analyses are asked.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import date, datetime
+from pathlib import Path
+
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from sqlalchemy import select
+
+from models.registry import ModelIdentity
+from node.ledger.store import Analysis, Ledger, Series
+from node.results.makers import Earlier
+
+#: Latest analyses that are looked at: reading so many headers takes about half a second, and in a hospital it is some
+#: weeks of chest CT.
+LOOKED_AT = 500
+
+_WHO = ("PatientID", "IssuerOfPatientID", "PatientBirthDate", "StudyDate", "StudyInstanceUID")
+
+
+def results_of(ledger: Ledger, spool: Path, analysis: int, models: tuple[ModelIdentity, ...]) -> list[Earlier]:
+    """Results of earlier studies of the patient of an analysis, by the same models; one a study.
+
+    Of several acquisitions in the series that was analysed last, the one that is called as this one counts, else the
+    one with the largest lungs: an inspiration, rather than an expiration.
+    """
+    first_of = Series.instances[0].as_string()
+    with ledger.read() as session:
+        mine = session.get_one(Analysis, analysis)
+        first = session.scalars(select(first_of).where(Series.id == mine.series_id)).one()
+        done = select(first_of, Analysis).join(Analysis.series).where(Analysis.state == "done")
+        latest_first = done.where(Series.id != mine.series_id).order_by(Analysis.id.desc())
+        candidates = [(name, one) for name, one in session.execute(latest_first.limit(LOOKED_AT)) if one.summary]
+    if (here := _header(spool / first)) is None or (today := _day(here)) is None or not here.get("PatientID"):
+        return []
+    by_study: dict[str, list[tuple[int, tuple[bool, float], Earlier]]] = {}
+    for name, one in candidates:
+        summary = one.summary
+        made_by = [(model["name"], model["version"]) for model in summary["models"]]
+        if made_by != [(model.name, model.version) for model in models]:
+            continue
+        header = _header(spool / name)
+        if header is None or _who(header) != _who(here) or header.StudyInstanceUID == here.StudyInstanceUID:
+            continue
+        if (day := _day(header)) is not None and day < today:
+            both = summary["lungs"]["both"]
+            fits = one.acquisition == mine.acquisition, both["volume_ml"]
+            result = Earlier(day, both["infected_ml"], both["infected_share"])
+            by_study.setdefault(str(header.StudyInstanceUID), []).append((one.series_id, fits, result))
+    # The latest analysis of a study comes first: with it, those of the same series count.
+    latest = [[one for one in told if one[0] == told[0][0]] for told in by_study.values()]
+    found = [max(told, key=lambda one: one[1])[2] for told in latest]
+    return sorted(found, key=lambda one: one.day)
+
+
+def _header(path: Path) -> Dataset | None:
+    """What a received file says of its patient; None where it is gone or cannot be read."""
+    with suppress(Exception):
+        return dcmread(path, specific_tags=list(_WHO), stop_before_pixels=True)
+    return None
+
+
+def _who(header: Dataset) -> tuple[str, ...]:
+    return tuple(str(header.get(keyword) or "").strip() for keyword in _WHO[:3])
+
+
+def _day(header: Dataset) -> date | None:
+    try:
+        return datetime.strptime(str(header.get("StudyDate") or ""), "%Y%m%d").date()
+    except ValueError:
+        return None

@@ -1,0 +1,1 @@
+"""The `lungnode` command, one file for each group of commands."""

@@ -1,0 +1,1 @@
+"""Pixel data and geometry of DICOM images: from files to arrays in HU and millimetres."""

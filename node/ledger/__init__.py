@@ -1,0 +1,1 @@
+"""The durable record of series, analyses, objects and deliveries."""

@@ -1,0 +1,1 @@
+"""Methods: one package for each way to read a series."""

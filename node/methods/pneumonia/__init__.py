@@ -1,0 +1,1 @@
+"""Pneumonia on chest CT: lungs, infection, measurements and published scan-level rules."""

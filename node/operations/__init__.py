@@ -1,0 +1,1 @@
+"""Processes and services of an installation: supervisor and broker."""

@@ -1,0 +1,1 @@
+"""The colour capture: pages drawn as pixels."""

@@ -1,0 +1,270 @@
+"""Findings → DICOM objects on disk, one Part 10 file each.
+
+`build` makes what an analysis found into segmentations, a structured report, a colour capture and a PDF, in the forms
+that the peers take; `not_analysed` makes the objects that say why there is no result. Both give the same files when
+called again with the same arguments. Each object is read back and checked; one that does not pass says so.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from pydicom.dataset import Dataset
+
+from node.images.volume import Volume
+from node.methods.pneumonia.findings import Findings
+from node.results import not_analysed_report, pdf, preflight, rejection, report, segmentation
+from node.results.capture import maker
+from node.results.capture.drawing import PatientView
+from node.results.forms import KINDS, SEGMENTATIONS, STOPPED, Profile
+from node.results.provenance import WHOLE, Analysis, Part, SourceInstance, ascii_text, source_instances
+from node.results.trend import Earlier
+
+__all__ = [
+    "KINDS",
+    "Earlier",
+    "Part",
+    "Profile",
+    "ResultObject",
+    "build",
+    "not_analysed",
+    "overlay_png",
+    "rejection_note",
+]
+
+
+@dataclass(frozen=True)
+class ResultObject:
+    """A result object on disk."""
+
+    kind: str
+    path: Path
+    sop_class_uid: str
+    sop_instance_uid: str
+    series_instance_uid: str
+    #: Those of the profiles asked for that it is part of.
+    profiles: tuple[Profile, ...] = ()
+    #: Why it must not be sent, in a sentence each; empty for one that may.
+    problems: tuple[str, ...] = ()
+
+
+def build(
+    volume: Volume,
+    findings: Findings,
+    sources: Sequence[Dataset] | None,
+    directory: Path,
+    profiles: Iterable[Profile] = (Profile(),),
+    *,
+    content_datetime: datetime,
+    earlier: Sequence[Earlier] = (),
+    part: Part = WHOLE,
+) -> list[ResultObject]:
+    """Make the result objects of an analysis.
+
+    Parameters
+    ----------
+    volume, findings
+        The series and what was found in it, on the same grid.
+    sources
+        Headers of the source instances, in any order; None to read them from the files that `volume` names. Patient
+        and study attributes come from the first slice's.
+    directory
+        An existing folder; each object is written there as ``KIND.dcm`` or ``KIND-FORM.dcm``, and one that is there
+        is replaced. One that must not be sent is called ``….stopped.dcm``.
+    profiles
+        What each peer takes; what several have in common is made once. A kind that has nothing to say is left out:
+        without infection there is no infection-seg, without a lung no lung-seg. The others then say so.
+    content_datetime
+        When the analysis was done; an aware one is written in the source's zone, or else in local time.
+    earlier
+        What earlier scans of the patient came to, for the capture and the PDF.
+    part
+        Which of the series' acquisitions was analysed; the objects' series are called and numbered by it.
+
+    Returns
+    -------
+    list[ResultObject]
+        In the order of `KINDS`, synced to disk under their final names.
+
+    Raises
+    ------
+    ValueError
+        Masks that do not fit the volume, infection outside the lungs, or no header of the first slice among
+        `sources`.
+    """
+    _require_fit(volume, findings)
+    analysis = Analysis(
+        header=_first_header(volume, sources),
+        instances=tuple(SourceInstance(s.sop_class_uid, s.sop_instance_uid, s.frame) for s in volume.sources),
+        models=findings.models,
+        content_datetime=content_datetime,
+        part=part,
+    )
+    view = PatientView.of(volume, findings)
+
+    def make(kind: str, profile: Profile) -> Dataset | None:
+        if kind in SEGMENTATIONS:
+            return segmentation.build(volume, findings, analysis, kind, profile.seg)
+        if kind == "sr":
+            made = report.build(volume, findings, analysis, profile)
+            return made or not_analysed_report.not_analysed("no lung was found", analysis)
+        if kind == "capture":
+            return maker.build(view, findings, analysis, profile, earlier)
+        return pdf.build(volume, view, findings, analysis, earlier)
+
+    wanted: dict[tuple[str, str], list[Profile]] = {}
+    for profile in dict.fromkeys(profiles):
+        for kind in profile.kinds:
+            wanted.setdefault((kind, profile.form(kind)), []).append(profile)
+    objects = []
+    for kind, form in sorted(wanted, key=lambda key: (KINDS.index(key[0]), key[1])):
+        of = wanted[kind, form]
+        if (dataset := make(kind, of[0])) is not None:
+            name = f"{kind}-{form}" if form else kind
+            objects.append(_write(kind, name, dataset, directory, tuple(of), analysis, volume, findings))
+    return objects
+
+
+def not_analysed(
+    source_headers: Sequence[Dataset],
+    reason: str,
+    directory: Path,
+    profiles: Iterable[Profile] = (Profile(),),
+    *,
+    content_datetime: datetime,
+    part: Part = WHOLE,
+) -> list[ResultObject]:
+    """Make the objects that say in the source's study why the series was not analysed.
+
+    Parameters
+    ----------
+    source_headers
+        Headers of the series, at least one; patient and study attributes come from the first.
+    reason
+        Free of patient data; goes into the UIDs, so that another reason makes other objects.
+    directory, content_datetime, part
+        As for `build`.
+    profiles
+        Of their kinds, `sr` (a plain text document) and `capture` (one page) are made, each in one form for all.
+
+    Raises
+    ------
+    ValueError
+        No header.
+    """
+    if not source_headers:
+        raise ValueError("at least one header is needed to place the object in its study")
+    reason = ascii_text(f"{part.name}: {reason}" if part.name else reason)
+    analysis = Analysis(source_headers[0], source_instances(source_headers), (), content_datetime, part)
+    makers = {"sr": not_analysed_report.not_analysed, "capture": maker.not_analysed}
+    asked = tuple(dict.fromkeys(profiles))
+    objects = []
+    for kind, make in makers.items():
+        if of := tuple(profile for profile in asked if kind in profile.kinds):
+            objects.append(_write(kind, kind, make(reason, analysis), directory, of, analysis))
+    return objects
+
+
+def rejection_note(
+    source_header: Dataset,
+    outdated: Sequence[rejection.Outdated],
+    directory: Path,
+    name: str,
+    content_datetime: datetime,
+    part: Part = WHOLE,
+) -> ResultObject:
+    """Make the note by which an archive hides objects that newer ones have taken the place of, as ``NAME.dcm``.
+
+    Parameters
+    ----------
+    source_header
+        Of the series that the objects were made from.
+    outdated
+        The objects, at least one.
+    directory, content_datetime, part
+        As for `build`.
+    """
+    analysis = Analysis(source_header, (), (), content_datetime, part)
+    return _write("rejection-note", name, rejection.note(outdated, analysis), directory, (), analysis)
+
+
+def overlay_png(volume: Volume, findings: Findings, path: Path) -> None:
+    """Write a PNG montage of the summary and of slices."""
+    maker.overlay_png(PatientView.of(volume, findings), findings, path)
+
+
+def _require_fit(volume: Volume, findings: Findings) -> None:
+    """A mask that was made for another grid would be painted in the wrong place: refuse it."""
+    shape = volume.hu.shape
+    if findings.lungs.shape != shape or findings.lesions.shape != shape:
+        raise ValueError(f"masks of {findings.lungs.shape} and {findings.lesions.shape} for a volume of {shape}")
+    if len(volume.sources) != shape[0]:
+        raise ValueError(f"{len(volume.sources)} source slices for a volume of {shape[0]}")
+    # Slice by slice: masks of the whole volume would cost as much memory as the volume.
+    if any(
+        np.any((lesions > 0) & (lungs == 0)) for lesions, lungs in zip(findings.lesions, findings.lungs, strict=True)
+    ):
+        raise ValueError("infection outside the lungs belongs to neither side")
+    if not findings.models:
+        raise ValueError("findings that name no model cannot be attributed")
+
+
+def _first_header(volume: Volume, sources: Sequence[Dataset] | None) -> Dataset:
+    first = volume.sources[0]
+    if sources is None:
+        return pydicom.dcmread(first.path, stop_before_pixels=True)
+    for header in sources:
+        if header.SOPInstanceUID == first.sop_instance_uid:
+            return header
+    raise ValueError(f"no header of instance {first.sop_instance_uid} among the sources")
+
+
+def _write(
+    kind: str,
+    name: str,
+    dataset: Dataset,
+    directory: Path,
+    profiles: tuple[Profile, ...],
+    analysis: Analysis,
+    volume: Volume | None = None,
+    findings: Findings | None = None,
+) -> ResultObject:
+    """Write a file that is either whole or not there under its name, and has passed the check or is called stopped."""
+    # The same name at each attempt, for one process at a time makes the objects of an analysis: what one that was
+    # killed left behind is overwritten.
+    part = directory / f".{name}.dcm.part"
+    try:
+        with part.open("wb") as file:
+            pydicom.dcmwrite(file, dataset, enforce_file_format=True)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    finally:
+        if isinstance(frames := dataset.get("PixelData"), io.IOBase):
+            frames.close()
+    problems = preflight.problems(part, kind, analysis, volume, findings)
+    path = directory / (f"{name}{STOPPED}" if problems else f"{name}.dcm")
+    part.replace(path)
+    folder = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return ResultObject(
+        kind,
+        path,
+        str(dataset.SOPClassUID),
+        str(dataset.SOPInstanceUID),
+        str(dataset.SeriesInstanceUID),
+        profiles,
+        tuple(problems),
+    )
