@@ -42,8 +42,8 @@ def printable(text: str, length: int) -> str:
 
 
 def ae_title(text: str) -> str:
-    """An AE title as a peer gave it (PS3.5 table 6.2-1: at most 16 characters; spaces around it do not count)."""
-    return printable(text.strip(), LENGTH["AE"])
+    """An AE title as a peer gave it, without the spaces or NULs around it (PS3.5 table 6.2-1: 16 characters)."""
+    return printable(text.strip(" \0"), LENGTH["AE"])
 
 
 def uid(value: object) -> str:

@@ -355,7 +355,7 @@ def phantom(
 
 @config_app.command("check")
 def config_check(file: Annotated[Path, typer.Argument(help="Settings file.")]) -> None:
-    """Check a settings file; each error names line, key and the mend."""
+    """Check a settings file; each error names line, key and fix, and hints say what had better be set."""
     from node.delivery.stow import credentials_in_the_clear
 
     settings = _settings(file)
@@ -367,6 +367,8 @@ def config_check(file: Annotated[Path, typer.Argument(help="Settings file.")]) -
         highlight=False,
         soft_wrap=True,
     )
+    for hint in settings.hints():
+        out.print(f"hint: {hint}", highlight=False, soft_wrap=True, markup=False, style="yellow")
 
 
 @config_app.command("schema")

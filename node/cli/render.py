@@ -181,6 +181,12 @@ def to_do(series: Series) -> list[str]:
             lines.append(f"mend what the reason says, then `lungnode retry {series.id}` analyses it again")
         elif analysis.state == "waiting" and analysis.attempts:
             lines.append(f"it is tried again by itself; `lungnode retry {series.id}` tries now")
+    if any(event.stage == "conflict" for event in series.events):
+        lines.append(
+            f"another peer sent other content under the UIDs of this series, and only what {series.calling_ae} sent is "
+            "used: see which of them is right; to take the other's, stop lungnode, remove "
+            f"spool/{series.study_instance_uid}/{series.series_instance_uid} and send the series from there"
+        )
     if not series.complete:
         lines.append("send the series again: what is missing makes it whole, what is here is not stored twice")
     return lines

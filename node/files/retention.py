@@ -17,7 +17,7 @@ import structlog
 from sqlalchemy import delete, select
 
 from node.config import Settings
-from node.intake.spool import END
+from node.intake.spool import ASIDE, END, SENDER, files
 from node.ledger.store import Commitment, Ledger, Series
 from node.paths import within
 from node.text import UID
@@ -79,7 +79,7 @@ def _finished(ledger: Ledger, series_uid: str, before: float) -> bool:
 def _is_old(folder: Path, before: float) -> bool:
     """Whether a series folder has files, and all of them came, or came again, before then."""
     with suppress(OSError):
-        return max((_came(path) for path in folder.glob("*.dcm")), default=before) < before
+        return max((_came(path) for path in files(folder)), default=before) < before
     return False
 
 
@@ -96,14 +96,18 @@ def _remove(folder: Path, before: float) -> bool:
 
     Its sender may begin to send it again at any time: what comes, or comes again, stays.
     """
-    files = list(folder.glob("*.dcm"))
-    if any(_came(path) >= before for path in files):
+    found = files(folder)
+    if any(_came(path) >= before for path in found):
         return False
-    for path in files:
+    for path in found:
         if _came(path) < before:
             path.unlink(missing_ok=True)
-    if not any(folder.glob("*.dcm")):
-        (folder / END).unlink(missing_ok=True)
+    for aside in folder.glob(f"{ASIDE}*"):
+        with suppress(OSError):
+            aside.rmdir()
+    if not files(folder):
+        for note in (END, SENDER):
+            (folder / note).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
     return True

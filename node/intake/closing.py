@@ -12,7 +12,7 @@ from pydicom import Dataset
 from sqlalchemy import func, select
 
 from node.delivery import commitment, superseding
-from node.intake.assembly import Assembly, AssociationId, ClosedSeries
+from node.intake.assembly import Assembly, AssociationId, ClosedSeries, Conflict
 from node.intake.listener import Listener, ListenerOptions
 from node.intake.series_count import Counter
 from node.intake.spool import Spool
@@ -58,6 +58,8 @@ def intake(here: Node) -> Listener:
         lacking=here.ledger.lacks,
         count=counter.ask,
         ended=spool.end,
+        adopt=spool.adopt,
+        conflict=lambda conflict: conflict_found(here, conflict),
     )
     _take_up(here, spool, assembly)
     senders = {peer.ae_title for peer in here.settings.peers_that_may("send").values()}
@@ -69,6 +71,7 @@ def intake(here: Node) -> Listener:
         known_peers=None if me.accept == "any" else frozenset(senders),
         max_associations=me.max_associations,
         transport=me.transport,
+        addresses=here.settings.peer_addresses(here.settings.data / "addresses.json"),
     )
     contexts, handlers = commitment.services(here.ledger, here.settings)
     return Listener(options, spool, assembly, contexts=contexts, handlers=handlers, stopped=counter.stop)
@@ -144,6 +147,42 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
     ring("analyse", bells)
 
 
+def conflict_found(here: Node, conflict: Conflict) -> None:
+    """Record that another peer sent something else of a series than the peer that it belongs to."""
+    owner, other, what = conflict.belongs_to, conflict.sender, list[str]()
+    if conflict.differing:
+        what.append(f"{conflict.differing} instances with other content than those of {owner}, which are kept")
+    if conflict.extra:
+        what.append(
+            f"{conflict.extra} instances that {owner} did not send; they are kept beside the series and are no part of "
+            f"it, as {other} did not send all {conflict.held} instances of the series with the same content"
+        )
+    text = f"the series belongs to {owner}; {other} sent {', and '.join(what)}"
+    with here.ledger() as session:
+        mine = select(Series).where(
+            Series.study_instance_uid == conflict.study_instance_uid,
+            Series.series_instance_uid == conflict.series_instance_uid,
+        )
+        row = session.scalars(mine.order_by(Series.id.desc()).limit(1)).first()
+        said = [event.text for event in row.events if event.stage == "conflict"] if row is not None else []
+        # What is found on disk after a restart, without an address, was mostly recorded when it came, and in full.
+        known = any(one.startswith(text) or (not conflict.address and f"; {other} sent " in one) for one in said)
+        if row is not None and not known:
+            here.ledger.tell(session, row.id, "conflict", f"{text} (it called from {conflict.address or 'unknown'})")
+    if not known:
+        mend = "find out why two peers send different content under the same UIDs; `lungnode status` has what to do"
+        log.warning(
+            "conflict between senders of a series",
+            series=conflict.series_instance_uid,
+            belongs_to=owner,
+            calling_ae=other,
+            address=conflict.address,
+            differing=conflict.differing,
+            extra=conflict.extra,
+            mend=mend,
+        )
+
+
 def _urgent(header: Dataset) -> bool:
     """Whether the Requested Procedure Priority (0040,1003) says so, of the image or of its request (PS3.3 C.4.11)."""
     requests = header.get("RequestAttributesSequence") or ()
@@ -162,6 +201,9 @@ def _take_up(here: Node, spool: Spool, assembly: Assembly) -> None:
     lost = []
     for one in spool.all_series():
         key = one.study_uid, one.series_uid
+        for other in one.others:
+            sender = AssociationId(0, other, here.settings.listener.ae_title)
+            assembly.restore_other(sender, *key, spool.belongs_to(*key))
         instances, complete = known.get(key, (0, False))
         if one.instances <= instances and (complete or not spool.ended(*key, one.instances)):
             continue
@@ -184,7 +226,7 @@ def _restore_lost(spool: Spool, assembly: Assembly, lost: list[tuple[str, str]])
 def _restore(spool: Spool, assembly: Assembly, key: tuple[str, str], *, closed: bool) -> None:
     found = spool.series(*key)
     for one in found[:1]:
-        sender = AssociationId(0, one.calling_ae, one.called_ae)
+        sender = AssociationId(0, spool.belongs_to(*key) or one.calling_ae, one.called_ae)
         ended = spool.ended(*key, len(found))
         assembly.restore(sender, ((one.header, one.path) for one in found), ended=ended, closed=closed)
         log.info("open before the restart", series=key[1], instances=len(found), ended=ended, closed_before=closed)

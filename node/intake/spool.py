@@ -1,5 +1,10 @@
 """Received instances, durable on disk: root/STUDY/SERIES/SOP.dcm, and beside them when a sender came to an end.
 
+A series belongs to the calling AE title that sent its first instance, whose name is kept beside the instances. What
+another one sends of it and is not here yet is kept in a folder of its own, root/STUDY/SERIES/from-AE/SOP.dcm, which is
+no part of the series: an acknowledged instance is never lost, and nobody adds to what another has sent. Only where that
+sender has also sent all that is here, with the same content, do its instances join the series (`Spool.adopt`).
+
 When `Part.keep` has returned, the bytes are under their final name and survive the loss of power: the file was
 fsynced, then linked, then the folder was fsynced. A data set is kept as it was sent, never decoded and encoded again,
 behind a File Meta Information of our own (PS3.10 7.1). One process at a time receives into a spool; any may read it.
@@ -19,11 +24,12 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote, unquote
 
 import structlog
 
@@ -36,6 +42,12 @@ log = structlog.stdlib.get_logger(__name__)
 
 #: Name in a series' folder of the file that says how many instances there were when its sender came to an end.
 END = "end"
+
+#: Name in a series' folder of the file with the AE title that the series belongs to.
+SENDER = "sender"
+
+#: What names of folders begin with that hold what others sent of a series.
+ASIDE = "from-"
 
 #: Bytes compared at a time when a resent instance is checked against the one that is kept.
 _BLOCK = 1 << 20
@@ -61,6 +73,27 @@ class Stored:
     path: Path
     #: 'new'; 'same' bytes were there already; other bytes were there and have been kept ('differs').
     outcome: Literal["new", "same", "differs"]
+    #: AE title that the series belongs to, where another one sent this instance; else empty.
+    belongs_to: str = ""
+
+    @property
+    def aside(self) -> bool:
+        """Whether it is kept beside the series and is no part of it."""
+        return self.path.parent.name.startswith(ASIDE)
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """What came of comparing what another sender sent with the series."""
+
+    #: Whether it sent all that is in the series, with the same content, so that the rest of it joins the series.
+    agreed: bool
+    #: Instances of the series before.
+    held: int
+    #: Instances that it sent and the series does not have; they have joined it if `agreed`.
+    extra: int
+    #: SOP instance UIDs that were found to differ.
+    differing: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -82,6 +115,8 @@ class SpooledSeries:
     instances: int
     #: When the last instance came, seconds since the epoch.
     last_at: float
+    #: AE titles of others that sent instances which are no part of it.
+    others: tuple[str, ...] = ()
 
 
 class Part:
@@ -90,9 +125,10 @@ class Part:
     Memory does not grow with the instance. For one thread at a time.
     """
 
-    def __init__(self, spool: Spool, path: Path, meta: bytes) -> None:
+    def __init__(self, spool: Spool, path: Path, meta: bytes, sender: str) -> None:
         self._spool = spool
         self._path = path
+        self._sender = sender
         self._start = len(meta)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         #: Bytes of the data set so far.
@@ -152,16 +188,22 @@ class Part:
         """
         try:
             path = within(self._spool.folder(study_uid, series_uid), f"{valid_uid(sop_uid)}.dcm")
+            owner = self._spool.ensure(path.parent, self._sender)
+            belongs_to = owner if owner != self._sender else ""
             with suppress(FileNotFoundError):
-                return self._kept(path)
-            self._spool.ensure(path.parent)
+                return self._kept(path, belongs_to)
+            # Again, for it may have been dropped by age a moment ago.
+            owner = self._spool.ensure(path.parent, self._sender)
+            if belongs_to := owner if owner != self._sender else "":
+                path = path.parent / _aside(self._sender) / path.name
+                self._spool.ensure_aside(path.parent)
             os.fsync(self._file)
             try:
                 os.link(self._path, path)
             except FileExistsError:
-                return self._kept(path)
+                return self._kept(path, belongs_to)
             _fsync_folder(path.parent)
-            return Stored(path, "new")
+            return Stored(path, "new", belongs_to)
         except OSError as error:
             raise _full(error) from error
         finally:
@@ -174,7 +216,7 @@ class Part:
             self._file = -1
             self._path.unlink(missing_ok=True)
 
-    def _kept(self, path: Path) -> Stored:
+    def _kept(self, path: Path, belongs_to: str) -> Stored:
         """Compare with what is kept. Another thread may have linked it just now, so its names are brought to disk.
 
         Raises
@@ -185,21 +227,12 @@ class Part:
         with suppress(PermissionError):  # another user's file, of a backup that was restored
             os.utime(path)  # what comes again is as young as what comes anew (`node.files.retention`)
         same = self._same_as(path)
-        self._spool.ensure(path.parent)
         _fsync_folder(path.parent)
         path.stat()  # still here, and not dropped while it was compared
-        return Stored(path, "same" if same else "differs")
+        return Stored(path, "same" if same else "differs", belongs_to)
 
     def _same_as(self, path: Path) -> bool:
-        with path.open("rb") as file:
-            at, mine = _dataset_start(file.read(_META_START)), self._start
-            if os.fstat(file.fileno()).st_size - at != self.size:
-                return False
-            while block := os.pread(self._file, _BLOCK, mine):
-                if os.pread(file.fileno(), len(block), at) != block:
-                    return False
-                at, mine = at + len(block), mine + len(block)
-        return True
+        return _same(self._file, path)
 
 
 class Spool:
@@ -218,7 +251,8 @@ class Spool:
         self._floor = floor_bytes
         self._incoming = root / "incoming"
         self._numbers = itertools.count(1)
-        self._known: set[Path] = set()
+        #: Series folders whose names are on disk, and whom each series belongs to.
+        self._known: dict[Path, str] = {}
         self._folders = threading.Lock()
         self._incoming.mkdir(parents=True, exist_ok=True)
         #: When the spool was last received into before now, seconds since the epoch.
@@ -245,7 +279,7 @@ class Spool:
         meta = file_meta(sop_class_uid, sop_uid, transfer_syntax_uid, calling_ae, called_ae)
         self.require_room()
         try:
-            return Part(self, self._incoming / f"{next(self._numbers)}.part", meta)
+            return Part(self, self._incoming / f"{next(self._numbers)}.part", meta, calling_ae)
         except OSError as error:
             raise _full(error) from error
 
@@ -269,9 +303,11 @@ class Spool:
         for study in sorted(self.root.iterdir()):
             for series in sorted(study.iterdir()) if UID.match(study.name) else ():
                 if UID.match(series.name):
-                    files = [entry for entry in os.scandir(series) if entry.name.endswith(".dcm")]
+                    names = [entry.name for entry in os.scandir(series)]
+                    files = sum(name.endswith(".dcm") for name in names)
+                    others = tuple(unquote(name.removeprefix(ASIDE)) for name in names if name.startswith(ASIDE))
                     # A folder's time is that of its last new name, and spares a look at each file.
-                    yield SpooledSeries(study.name, series.name, len(files), series.stat().st_mtime)
+                    yield SpooledSeries(study.name, series.name, files, series.stat().st_mtime, others)
 
     def end(self, study_uid: str, series_uid: str, instances: int | None) -> None:
         """Note that the sender came to an end of a series when so many instances were here; None withdraws the note.
@@ -304,17 +340,114 @@ class Spool:
         """Where instances of a series are kept; raises `InvalidUIDError` for what is no UID."""
         return within(self.root, valid_uid(study_uid), valid_uid(series_uid))
 
-    def ensure(self, folder: Path) -> None:
-        """Make a series folder; the names that lead to it are on disk when this returns."""
+    def ensure(self, folder: Path, sender: str) -> str:
+        """Make a series folder; the names that lead to it are on disk when this returns.
+
+        Gives the AE title that the series belongs to: `sender`, unless another one has sent of it before.
+        """
         with self._folders:
-            if folder in self._known and folder.is_dir():
-                return
+            known = self._known.get(folder)
+            if known is not None and folder.is_dir():
+                return known
             folder.mkdir(parents=True, exist_ok=True)
+            owner = self._owner(folder)
+            if not owner:
+                owner = sender
+                self._claim(folder, sender)
             _fsync_folder(folder.parent)
             _fsync_folder(self.root)
             if len(self._known) >= _KNOWN_FOLDERS:
                 self._known.clear()
-            self._known.add(folder)
+            self._known[folder] = owner
+            return owner
+
+    def ensure_aside(self, folder: Path) -> None:
+        """Make a folder for what another sender sent of a series; its name is on disk when this returns."""
+        folder.mkdir(parents=True, exist_ok=True)
+        _fsync_folder(folder.parent)
+
+    def belongs_to(self, study_uid: str, series_uid: str) -> str:
+        """The AE title that a series belongs to; empty where nothing is here of it."""
+        with suppress(InvalidUIDError):
+            folder = self.folder(study_uid, series_uid)
+            with self._folders:
+                return self._known.get(folder) or self._owner(folder)
+        return ""
+
+    def adopt(self, study_uid: str, series_uid: str, sender: str, same: Collection[str]) -> Adoption:
+        """Let what another sender sent of a series join it, where that sender sent all that is in it alike.
+
+        Parameters
+        ----------
+        sender
+            Its AE title.
+        same
+            SOP instance UIDs of the series that it sent with the content that is here.
+
+        Raises
+        ------
+        OSError
+            The filesystem failed. What had joined the series is part of it, and the rest is where it was.
+        """
+        folder = self.folder(study_uid, series_uid)
+        held = {path.stem for path in folder.glob("*.dcm")}
+        alike, differing, extra = set(same), set[str](), list[Path]()
+        for path in sorted((folder / _aside(sender)).glob("*.dcm")):
+            if path.stem not in held:
+                extra.append(path)
+            elif self._is_same(path, folder / path.name):
+                # It came from both at once: this one first, and then from whom the series belongs to.
+                alike.add(path.stem)
+                path.unlink()
+            else:
+                differing.add(path.stem)
+        agreed = held <= alike
+        if agreed:
+            self._join(folder, extra)
+            if not held:  # nothing is here of whom it belonged to
+                with self._folders:
+                    self._claim(folder, sender)
+                    self._known[folder] = sender
+        with suppress(OSError):  # not empty, or not there
+            (folder / _aside(sender)).rmdir()
+        return Adoption(agreed, len(held), len(extra), frozenset(differing))
+
+    def _join(self, folder: Path, extra: list[Path]) -> None:
+        for path in extra:
+            with suppress(FileExistsError, PermissionError):
+                os.link(path, folder / path.name)
+                path.touch()  # as young as the series that it makes another
+        _fsync_folder(folder)
+        for path in extra:
+            if path.samefile(folder / path.name):
+                path.unlink()
+
+    def _is_same(self, path: Path, kept: Path) -> bool:
+        with path.open("rb") as file:
+            return _same(file.fileno(), kept)
+
+    def _owner(self, folder: Path) -> str:
+        """Whom a series belongs to by what is on disk; empty where nothing of it is."""
+        with suppress(OSError):
+            if note := (folder / SENDER).read_text(encoding="ascii", errors="replace"):
+                return note
+        # Received by an earlier version, or there was no room for the note.
+        for path in sorted(folder.glob("*.dcm")):
+            with suppress(OSError, ValueError, struct.error):
+                return _sender(path)
+        return ""
+
+    def _claim(self, folder: Path, sender: str) -> None:
+        """Note whom a series belongs to; its name is on disk with that of the first instance."""
+        with suppress(OSError), (folder / SENDER).open("w", encoding="ascii", errors="replace") as note:
+            note.write(sender)
+            note.flush()
+            os.fsync(note.fileno())
+
+
+def files(folder: Path) -> list[Path]:
+    """All instances in a series folder, also those that are no part of the series."""
+    return [*folder.glob("*.dcm"), *folder.glob(f"{ASIDE}*/*.dcm")]
 
 
 def file_meta(
@@ -355,12 +488,43 @@ def _element(number: int, vr: bytes, value: bytes) -> bytes:
     return struct.pack("<HH2sH", 2, number, vr, len(value)) + value
 
 
+def _aside(sender: str) -> str:
+    """Name of the folder for what `sender` sent of another's series; an AE title may hold slashes (PS3.5 6.2)."""
+    return ASIDE + quote(sender, safe=" ")
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    """Whether an open file and the one at `path` have the same data set behind their File Meta Information."""
+    mine = _dataset_start(os.pread(descriptor, _META_START, 0))
+    with path.open("rb") as file:
+        at = _dataset_start(file.read(_META_START))
+        if os.fstat(file.fileno()).st_size - at != os.fstat(descriptor).st_size - mine:
+            return False
+        while block := os.pread(descriptor, _BLOCK, mine):
+            if os.pread(file.fileno(), len(block), at) != block:
+                return False
+            at, mine = at + len(block), mine + len(block)
+    return True
+
+
 def _dataset_start(head: bytes | mmap.mmap) -> int:
     return _META_START + int(struct.unpack_from("<L", head, _META_START - 4)[0])
 
 
 def _read(path: Path) -> SpooledInstance:
     """Header and sender of a file that a `Part` became."""
+    raw, meta = _meta(path)
+    header = read_header(memoryview(raw)[_dataset_start(raw) :], meta.get(0x0010, ""))
+    return SpooledInstance(header, path, meta.get(0x0016, ""), meta.get(0x0018, ""))
+
+
+def _sender(path: Path) -> str:
+    """Who sent a file that a `Part` became."""
+    return _meta(path)[1].get(0x0016, "")
+
+
+def _meta(path: Path) -> tuple[mmap.mmap, dict[int, str]]:
+    """The file, and its File Meta Information by element number."""
     with path.open("rb") as file:
         # Mapped, not read: the walk stops at the pixel data, so only the first pages come from disk.
         raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -375,8 +539,7 @@ def _read(path: Path) -> SpooledInstance:
             at += 4
         meta[number] = raw[at : at + length].decode("ascii", "replace").strip("\0 ")
         at += length
-    header = read_header(memoryview(raw)[start:], meta.get(0x0010, ""))
-    return SpooledInstance(header, path, meta.get(0x0016, ""), meta.get(0x0018, ""))
+    return raw, meta
 
 
 def _full(error: OSError) -> OSError:

@@ -59,8 +59,8 @@ RELEASE = pdu(5, bytes(4))
 class RawPeer:
     """A connection, and what came over it."""
 
-    def __init__(self, port: int, timeout: float = 10.0) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=timeout)
+    def __init__(self, port: int, timeout: float = 10.0, source: str = "127.0.0.1") -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=timeout, source_address=(source, 0))
 
     def __enter__(self) -> RawPeer:
         return self

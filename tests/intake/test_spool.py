@@ -161,8 +161,9 @@ def test_bytes_and_names_are_on_disk_before_the_answer(spool: Spool, monkeypatch
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "link", recorded_link)
     store(spool, 0)
-    assert sorted(steps[:2]) == ["fsync .", f"fsync {STUDY}"]
-    assert steps[2:] == ["fsync file", "link", f"fsync {STUDY}/{SERIES}"]
+    # The note of whom the series belongs to, and the names of the folders.
+    assert sorted(steps[:3]) == ["fsync .", f"fsync {STUDY}", "fsync file"]
+    assert steps[3:] == ["fsync file", "link", f"fsync {STUDY}/{SERIES}"]
     steps.clear()
     store(spool, 0)
     # Whoever linked it may not have come to the last step yet.
