@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import structlog
 from celery import Celery, signals
 from kombu.exceptions import OperationalError
-from pydicom import Dataset, dcmread
+from pydicom import Dataset
 from pydicom.errors import InvalidDicomError
 from redis.exceptions import RedisError
 from sqlalchemy.orm import Session
@@ -36,6 +36,8 @@ from node.delivery import superseding
 from node.delivery.outbox import Outbox
 from node.files import retention
 from node.images.volume import Volume, VolumeError
+from node.intake.header import HeaderError
+from node.intake.received import read_received
 from node.ledger.store import Analysis, Delivery, Lease, Ledger, Object, Series, State
 from node.methods.pneumonia import pipeline
 from node.methods.pneumonia.findings import Findings
@@ -404,7 +406,7 @@ def first_header(paths: Sequence[Path]) -> Dataset:
     errors: list[OSError] = []
     for path in paths:
         try:
-            return dcmread(path, stop_before_pixels=True)
+            return read_received(path)
         except OSError as error:
             errors.append(error)
     raise next((one for one in errors if not isinstance(one, FileNotFoundError)), errors[0])
@@ -415,14 +417,14 @@ def _headers(paths: list[Path]) -> list[Dataset]:
 
     Raises
     ------
-    OSError, InvalidDicomError
+    OSError, InvalidDicomError, HeaderError
         None can be read.
     """
     headers, errors = list[Dataset](), list[Exception]()
     for path in paths:
         try:
-            headers.append(dcmread(path, stop_before_pixels=True))
-        except (OSError, InvalidDicomError) as error:
+            headers.append(read_received(path))
+        except (OSError, InvalidDicomError, HeaderError) as error:
             errors.append(error)
     if errors and not headers:
         raise errors[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import re
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -10,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pydicom.errors import InvalidDicomError
-from pydicom.filereader import read_file_meta_info
 from rich.progress import Progress
 
 from node.images.volume import VolumeError
 from node.intake.assembly import Assembly, AssociationId, ClosedSeries
 from node.intake.header import HeaderError, InstanceHeader, read_header
+from node.intake.received import ReceivedFile
 from node.intake.spool import Stored
 from node.methods.pneumonia import pipeline
 from node.methods.pneumonia.serialise import summary
@@ -87,7 +86,7 @@ def closed_folder(folder: Path) -> list[ClosedSeries]:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
             assembly.received(association, _header(path), Stored(path, "new"))
-        except (HeaderError, InvalidDicomError, AttributeError):
+        except (HeaderError, InvalidDicomError):
             continue
     assembly.association_ended(association)
     assembly.tick()
@@ -99,16 +98,11 @@ def _header(path: Path) -> InstanceHeader:
 
     Raises
     ------
-    HeaderError, InvalidDicomError, AttributeError
-        The file is no Part 10 file, or holds no data set that can be filed.
+    HeaderError, InvalidDicomError, OSError
+        The file is no Part 10 file, cannot be read, or holds no data set that can be filed.
     """
-    meta = read_file_meta_info(path)
-    # Preamble and prefix, the group length element, and what it counts (PS3.10 7.1).
-    start = 128 + 4 + 12 + int(meta.FileMetaInformationGroupLength)
-    with path.open("rb") as file:
-        # Mapped, not read: the walk stops at the pixel data, so only the first pages come from disk.
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return read_header(memoryview(mapped)[start:], str(meta.TransferSyntaxUID))
+    with ReceivedFile(path) as file:
+        return read_header(file.dataset, file.transfer_syntax)
 
 
 def _analyse(

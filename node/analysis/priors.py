@@ -9,11 +9,11 @@ from contextlib import suppress
 from datetime import date, datetime
 from pathlib import Path
 
-from pydicom import dcmread
 from pydicom.dataset import Dataset
 from sqlalchemy import select
 
 from models.registry import ModelIdentity
+from node.intake.received import read_received
 from node.ledger.store import Analysis, Ledger, Series
 from node.paths import within
 from node.results.makers import Earlier
@@ -63,7 +63,7 @@ def results_of(ledger: Ledger, spool: Path, analysis: int, models: tuple[ModelId
 def _header(spool: Path, name: str) -> Dataset | None:
     """What a received file says of its patient; None where it is gone or cannot be read."""
     with suppress(Exception):
-        return dcmread(within(spool, name), specific_tags=list(_WHO), stop_before_pixels=True)
+        return read_received(within(spool, name), _WHO)
     return None
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from sqlalchemy import func, select
 from sqlalchemy.orm import selectinload
 
-from node.ledger.store import Analysis, Delivery, Ledger, Line, Object, Series
+from node.ledger.store import SET_ASIDE, Analysis, Delivery, Ledger, Line, Object, Series
 from node.terminal import cell
 
 _WHOLE = select(Series).options(
@@ -55,7 +55,7 @@ def find(ledger: Ledger, name: str) -> Series | None:
 def state(series: Series) -> str:
     """One word or two for where a series stands."""
     if not series.analyses:
-        return "kept"
+        return "failed" if series.verdict.startswith(SET_ASIDE) else "kept"
     states = {analysis.state for analysis in series.analyses}
     owed = deliveries(series)
     sent = {"stored" if _stored(delivery) else delivery.state for delivery in owed}
@@ -187,7 +187,7 @@ def to_do(series: Series) -> list[str]:
             "used: see which of them is right; to take the other's, stop lungnode, remove "
             f"spool/{series.study_instance_uid}/{series.series_instance_uid} and send the series from there"
         )
-    if not series.complete:
+    if not series.complete and not series.verdict.startswith(SET_ASIDE):
         lines.append("send the series again: what is missing makes it whole, what is here is not stored twice")
     return lines
 

@@ -24,6 +24,7 @@ from node.config import Peer
 from node.delivery import commitment, fallback
 from node.delivery.peer import MAX_CONTEXTS, ByAssociation, Outgoing, PeerError, association, contexts_for
 from node.delivery.stow import ByStow
+from node.intake.header import HeaderError
 from node.ledger.store import Analysis, Delivery, Lease, Ledger, LineLease, Object, Series, State, free
 from node.paths import UnsafePathError, within
 from node.results.forms import STOPPED
@@ -154,7 +155,7 @@ class Outbox:
                 continue
             try:
                 read.append((parcel, Outgoing.read(within(self.results, parcel.path))))
-            except (FileNotFoundError, InvalidDicomError, AttributeError):
+            except (FileNotFoundError, InvalidDicomError, HeaderError, AttributeError):
                 self._refuse(parcel, "its file is gone or is no DICOM")
             except UnsafePathError as error:
                 self._refuse(parcel, f"its file is not looked for: {error}")

@@ -17,8 +17,8 @@ import structlog
 from sqlalchemy import delete, select
 
 from node.config import Settings
-from node.intake.spool import ASIDE, END, SENDER, files
-from node.ledger.store import Commitment, Ledger, Series
+from node.intake.spool import ASIDE, ATTEMPTS, END, SENDER, files
+from node.ledger.store import SET_ASIDE, Commitment, Ledger, Series
 from node.paths import within
 from node.text import UID
 
@@ -73,7 +73,8 @@ def _finished(ledger: Ledger, series_uid: str, before: float) -> bool:
         works = [analysis for one in generations for analysis in one.analyses]
         sent = [delivery for analysis in works for made in analysis.objects for delivery in made.deliveries]
         old = all(one.closed_at < before for one in generations)
-        return bool(generations) and old and all(work.state in _FINAL for work in (*works, *sent))
+        read = not any(one.verdict.startswith(SET_ASIDE) for one in generations)
+        return bool(generations) and old and read and all(work.state in _FINAL for work in (*works, *sent))
 
 
 def _is_old(folder: Path, before: float) -> bool:
@@ -106,7 +107,7 @@ def _remove(folder: Path, before: float) -> bool:
         with suppress(OSError):
             aside.rmdir()
     if not files(folder):
-        for note in (END, SENDER):
+        for note in (END, SENDER, ATTEMPTS):
             (folder / note).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()

@@ -7,13 +7,13 @@ come from the shared and the per-frame functional groups (PS3.3 C.7.6.16).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import gdcm
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
@@ -29,6 +29,8 @@ from pydicom.uid import (
 )
 
 from node.images.geometry import VolumeError
+from node.intake.header import HeaderError
+from node.intake.received import ReceivedFile
 from node.text import uid as uid_text
 
 #: HU given to pixels that are declared as padding (PS3.3 C.7.5.1.1.2): the lowest value of an ordinary CT, as air.
@@ -61,10 +63,9 @@ _PIXEL_KEYWORDS = [
     "PixelPaddingRangeLimit",
     "ExtendedOffsetTable",
     "ExtendedOffsetTableLengths",
-    "PixelData",
 ]
 _HEADER_KEYWORDS = [
-    *_PIXEL_KEYWORDS[:-3],
+    *_PIXEL_KEYWORDS[:-2],
     "SOPClassUID",
     "StudyInstanceUID",
     "SeriesInstanceUID",
@@ -144,11 +145,10 @@ def read_frames(path: Path) -> list[Frame]:
     OSError
         The file cannot be opened.
     """
-    with path.open("rb") as file:
-        dataset = _read(file, _HEADER_KEYWORDS, pixels=False)
-        # pydicom stopped before Pixel Data.
-        element = file.read(12)
-        offset = file.tell()
+    with _received(path) as file:
+        dataset = file.header(_HEADER_KEYWORDS)
+        element = b"" if file.pixels_at is None else file.read(file.pixels_at, 12)
+        offset = (file.pixels_at or 0) + len(element)
     uid = uid_text(dataset.get("SOPInstanceUID", ""))
     try:
         frames = _frames(path, dataset)
@@ -192,8 +192,13 @@ def decode_frames(path: Path, frames: Sequence[Frame]) -> Iterator[NDArray[np.in
             raise VolumeError(f"SOP instance {uid}: {error}") from None
         yield _to_hu(stored, frames[0], words.padding)
         return
-    dataset = _read(path, _PIXEL_KEYWORDS, pixels=True)
-    syntax = UID(dataset.file_meta.get("TransferSyntaxUID", ""))
+    with _received(path) as file:
+        dataset = file.header(_PIXEL_KEYWORDS)
+        syntax = UID(file.transfer_syntax)
+        try:
+            dataset.update(file.pixels(dataset))
+        except HeaderError as error:
+            raise VolumeError(f"SOP instance {uid}: {error}") from error
     if not dataset.get("PixelData"):
         raise VolumeError(f"SOP instance {uid}: no Pixel Data")
     try:
@@ -208,15 +213,15 @@ def decode_frames(path: Path, frames: Sequence[Frame]) -> Iterator[NDArray[np.in
         ) from error
 
 
-def _read(path: Path | BinaryIO, keywords: list[str], *, pixels: bool) -> Dataset:
+@contextmanager
+def _received(path: Path) -> Iterator[ReceivedFile]:
     try:
-        return pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=list(keywords))
+        with ReceivedFile(path) as file:
+            yield file
     except InvalidDicomError as error:
         raise VolumeError("one of the files is not a DICOM file") from error
-    except OSError:
-        raise
-    except Exception as error:
-        raise VolumeError(f"one of the files cannot be parsed as DICOM ({type(error).__name__})") from error
+    except HeaderError as error:
+        raise VolumeError(f"one of the files cannot be parsed as DICOM ({error})") from error
 
 
 def _frames(path: Path, dataset: Dataset) -> list[Frame]:

@@ -22,6 +22,9 @@ from node.text import uid
 #: Relative difference that Pixel Spacing may have within a series: half a pixel over a 512 matrix.
 PIXEL_SPACING_TOLERANCE = 1e-3
 
+#: Voxels of a volume, at most, for which memory is taken: 4 GiB as int16. The largest that scanners make are some 2,000
+#: slices of 1024 x 1024.
+MOST_VOXELS = 1 << 31
 
 __all__ = ["FileError", "SourceSlice", "Volume", "VolumeError", "read_volume"]
 
@@ -96,8 +99,9 @@ def read_volume(paths: Sequence[Path]) -> Volume:
     ------
     VolumeError
         The files are not one regular CT volume: a gap, uneven spacing, duplicate positions, gantry tilt, more than
-        one orientation, matrix, pixel spacing, frame of reference or series, a file that is no CT image, or one
-        whose pixels cannot be decoded. Nothing is returned in part.
+        one orientation, matrix, pixel spacing, frame of reference or series, a file that is no CT image, one whose
+        pixels cannot be decoded or take more than its header says, or more voxels than `MOST_VOXELS`.
+        Nothing is returned in part.
     FileError
         A file cannot be read.
     """
@@ -118,6 +122,9 @@ def read_volume(paths: Sequence[Path]) -> Volume:
     sorted_frames = [frames[n] for n in order]
     place = {(frame.path, frame.number): k for k, frame in enumerate(sorted_frames)}
 
+    if len(frames) * first.matrix[0] * first.matrix[1] > MOST_VOXELS:
+        size = f"{len(frames)} slices of {first.matrix[0]} x {first.matrix[1]}"
+        raise VolumeError(f"{size} pixels are more than any volume that can be analysed")
     hu = np.empty((len(frames), *first.matrix), np.int16)
     for path, of_file in by_path.items():
         with _named(path):

@@ -305,7 +305,7 @@ class Assembly:
         """Close what can be closed."""
         with self._ticking:
             with self._lock:
-                due = [series for series in list(self._open.values()) if self._is_due(series)]
+                due = [series for series in list(self._open.values()) if self._is_due_or_fails(series)]
                 closing = [(series, series.closed(self._clock()), series.extent) for series in due]
             for series, closed, extent in closing:
                 self._close(series, closed, extent)
@@ -352,6 +352,16 @@ class Assembly:
             # The instance at hand is on disk and acknowledged; it must not be lost for want of its predecessors.
             log.error("earlier instances of the series cannot be read", series=key[1], error=plainly(error))
             return {}
+
+    def _is_due_or_fails(self, series: _OpenSeries) -> bool:
+        """`_is_due`; a series that cannot be judged holds up no other, and comes to its end after the quiet period."""
+        try:
+            return self._is_due(series)
+        except Exception as error:
+            log.error("the series cannot be judged", series=series.key[1], error=plainly(error))
+            reason = f"incomplete: its slices cannot be compared ({type(error).__name__})"
+            series.verdict = (False, f"{reason}; no instance came for {self._quiet_s:g} s", False)
+            return bool(series.instances) and self._clock() - series.last >= self._quiet_s
 
     def _is_due(self, series: _OpenSeries) -> bool:
         """Whether to close now; leaves the verdict in `series`."""

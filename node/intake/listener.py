@@ -307,10 +307,13 @@ class Listener:
                     self._spool.still_alive()
             if self._stopping.wait(TICK_S):
                 break
-            self._end_dead()
-            self._end_idle()
-            self.quota.flush()
-            self._assembly.tick()
+            try:
+                self._end_dead()
+                self._end_idle()
+                self.quota.flush()
+                self._assembly.tick()
+            except Exception as error:  # without this thread no series closes
+                log.error("closing failed; it is tried again", error=plainly(error))
 
     def _end_dead(self) -> None:
         """Associations whose thread died without a word have ended too."""

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import errno
 import itertools
-import mmap
 import os
 import shutil
 import struct
 import threading
+import time
 from collections.abc import Collection, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,8 @@ from urllib.parse import quote, unquote
 import structlog
 
 from node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
-from node.intake.header import HeaderError, InstanceHeader, read_header
+from node.intake.header import FileSpan, HeaderError, InstanceHeader, read_header
+from node.intake.received import LONGEST_META, opened
 from node.paths import InvalidUIDError, valid_uid, within
 from node.text import UID
 
@@ -48,6 +49,14 @@ SENDER = "sender"
 
 #: What names of folders begin with that hold what others sent of a series.
 ASIDE = "from-"
+#: Name in a series' folder of the file with a line for each attempt to read the series that was begun and not ended.
+ATTEMPTS = "attempts"
+
+#: A line of it, always of one length.
+_ATTEMPT = "%Y-%m-%dT%H:%M:%S"
+
+#: Bytes of such a file that are read.
+_LONGEST_NOTE = 4096
 
 #: Bytes compared at a time when a resent instance is checked against the one that is kept.
 _BLOCK = 1 << 20
@@ -165,11 +174,9 @@ class Part:
             raise _full(error) from error
         self.size += count
 
-    def dataset(self) -> memoryview:
-        """The data set as far as it was written: mapped, so that only what is looked at is read."""
-        if not self.size:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(self._file, 0, access=mmap.ACCESS_READ))[self._start :]
+    def dataset(self) -> FileSpan:
+        """The data set as far as it was written."""
+        return FileSpan(self._file, self._start, self.size)
 
     def keep(self, study_uid: str, series_uid: str, sop_uid: str) -> Stored:
         """Give the instance its name; durable when this returns.
@@ -258,7 +265,11 @@ class Spool:
         #: When the spool was last received into before now, seconds since the epoch.
         self.last_alive = self._incoming.stat().st_mtime
         for left_over in self._incoming.iterdir():
-            left_over.unlink()
+            try:
+                left_over.unlink()
+            except OSError as error:
+                mend = f"remove {left_over.name} from {self._incoming}; it is not ours"
+                log.error("a left-over cannot be removed", error=error.strerror, mend=mend)
         _fsync_folder(root)
         _fsync_folder(root.parent)
 
@@ -299,15 +310,17 @@ class Spool:
         return found
 
     def all_series(self) -> Iterator[SpooledSeries]:
-        """Every series on disk."""
-        for study in sorted(self.root.iterdir()):
-            for series in sorted(study.iterdir()) if UID.match(study.name) else ():
-                if UID.match(series.name):
+        """Every series on disk; what is no folder, or cannot be listed, is logged and left out."""
+        for study in _folders(self.root):
+            for series in _folders(study):
+                try:
                     names = [entry.name for entry in os.scandir(series)]
                     files = sum(name.endswith(".dcm") for name in names)
                     others = tuple(unquote(name.removeprefix(ASIDE)) for name in names if name.startswith(ASIDE))
                     # A folder's time is that of its last new name, and spares a look at each file.
                     yield SpooledSeries(study.name, series.name, files, series.stat().st_mtime, others)
+                except OSError as error:
+                    log.error("a series in the spool cannot be listed", series=series.name, error=error.strerror)
 
     def end(self, study_uid: str, series_uid: str, instances: int | None) -> None:
         """Note that the sender came to an end of a series when so many instances were here; None withdraws the note.
@@ -328,7 +341,7 @@ class Spool:
     def ended(self, study_uid: str, series_uid: str, instances: int) -> bool:
         """Whether the sender came to an end of a series with so many instances: none has come since."""
         try:
-            return (self.folder(study_uid, series_uid) / END).read_text(encoding="ascii") == f"{instances}"
+            return _note(self.folder(study_uid, series_uid) / END) == f"{instances}"
         except (OSError, ValueError):
             return False
 
@@ -428,8 +441,8 @@ class Spool:
 
     def _owner(self, folder: Path) -> str:
         """Whom a series belongs to by what is on disk; empty where nothing of it is."""
-        with suppress(OSError):
-            if note := (folder / SENDER).read_text(encoding="ascii", errors="replace"):
+        with suppress(OSError, ValueError):
+            if note := _note(folder / SENDER):
                 return note
         # Received by an earlier version, or there was no room for the note.
         for path in sorted(folder.glob("*.dcm")):
@@ -448,6 +461,51 @@ class Spool:
 def files(folder: Path) -> list[Path]:
     """All instances in a series folder, also those that are no part of the series."""
     return [*folder.glob("*.dcm"), *folder.glob(f"{ASIDE}*/*.dcm")]
+
+
+def attempts(folder: Path) -> int:
+    """Attempts to read a series that were begun and not ended: at each of them the process died, or failed."""
+    with suppress(OSError, ValueError):
+        return _note(folder / ATTEMPTS).count("\n")
+    return 0
+
+
+def begin_attempt(folder: Path) -> int:
+    """Count an attempt to read a series, durably and before it; gives those before it that were not ended.
+
+    Where nothing can be written the attempt is not counted.
+    """
+    before = attempts(folder)
+    try:
+        with _same_time(folder):
+            note = os.open(
+                folder / ATTEMPTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o640
+            )
+            try:
+                os.write(note, f"{time.strftime(_ATTEMPT)}\n".encode())
+                os.fsync(note)
+            finally:
+                os.close(note)
+    except OSError as error:
+        log.warning("an attempt to read a series is not counted", series=folder.name, error=error.strerror)
+    return before
+
+
+def end_attempt(folder: Path, before: int) -> None:
+    """The attempt came to its end: those count that were `before`."""
+    with suppress(OSError), _same_time(folder):
+        if before:
+            os.truncate(folder / ATTEMPTS, before * len(f"{time.strftime(_ATTEMPT)}\n"))
+        else:
+            (folder / ATTEMPTS).unlink(missing_ok=True)
+
+
+@contextmanager
+def _same_time(folder: Path) -> Iterator[None]:
+    """Leave a series' folder the time at which its last instance came."""
+    then = folder.stat()
+    yield
+    os.utime(folder, ns=(then.st_atime_ns, then.st_mtime_ns))
 
 
 def file_meta(
@@ -507,39 +565,55 @@ def _same(descriptor: int, path: Path) -> bool:
     return True
 
 
-def _dataset_start(head: bytes | mmap.mmap) -> int:
+def _note(path: Path) -> str:
+    """A small file beside the instances."""
+    with opened(path) as file:
+        return os.pread(file, _LONGEST_NOTE, 0).decode("ascii")
+
+
+def _folders(parent: Path) -> list[Path]:
+    """Folders in a folder whose names are UIDs; empty where it cannot be listed."""
+    try:
+        return sorted(path for path in parent.iterdir() if UID.match(path.name) and path.is_dir())
+    except OSError as error:
+        log.error("a folder of the spool cannot be listed", folder=parent.name, error=error.strerror)
+        return []
+
+
+def _dataset_start(head: bytes) -> int:
     return _META_START + int(struct.unpack_from("<L", head, _META_START - 4)[0])
 
 
 def _read(path: Path) -> SpooledInstance:
     """Header and sender of a file that a `Part` became."""
-    raw, meta = _meta(path)
-    header = read_header(memoryview(raw)[_dataset_start(raw) :], meta.get(0x0010, ""))
+    with _described(path) as (file, start, meta):
+        header = read_header(FileSpan(file, start, os.fstat(file).st_size - start), meta.get(0x0010, ""))
     return SpooledInstance(header, path, meta.get(0x0016, ""), meta.get(0x0018, ""))
 
 
 def _sender(path: Path) -> str:
     """Who sent a file that a `Part` became."""
-    return _meta(path)[1].get(0x0016, "")
+    with _described(path) as (_, _, meta):
+        return meta.get(0x0016, "")
 
 
-def _meta(path: Path) -> tuple[mmap.mmap, dict[int, str]]:
-    """The file, and its File Meta Information by element number."""
-    with path.open("rb") as file:
-        # Mapped, not read: the walk stops at the pixel data, so only the first pages come from disk.
-        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if raw[128:132] != b"DICM":
-        raise HeaderError("no DICOM file")
-    start, at, meta = _dataset_start(raw), _META_START, dict[int, str]()
-    while at < start:
-        _, number, vr, length = struct.unpack_from("<HH2sH", raw, at)
-        at += 8
-        if vr == b"OB":
-            length = struct.unpack_from("<L", raw, at)[0]
-            at += 4
-        meta[number] = raw[at : at + length].decode("ascii", "replace").strip("\0 ")
-        at += length
-    return raw, meta
+@contextmanager
+def _described(path: Path) -> Iterator[tuple[int, int, dict[int, str]]]:
+    """The open file, where its data set begins, and its File Meta Information by element number."""
+    with opened(path) as file:
+        raw = os.pread(file, LONGEST_META, 0)
+        if raw[128:132] != b"DICM":
+            raise HeaderError("no DICOM file")
+        start, at, meta = _dataset_start(raw), _META_START, dict[int, str]()
+        while at < start:
+            _, number, vr, length = struct.unpack_from("<HH2sH", raw, at)
+            at += 8
+            if vr == b"OB":
+                length = struct.unpack_from("<L", raw, at)[0]
+                at += 4
+            meta[number] = raw[at : at + length].decode("ascii", "replace").strip("\0 ")
+            at += length
+        yield file, start, meta
 
 
 def _full(error: OSError) -> OSError:

@@ -74,6 +74,9 @@ MAX_BACKOFF_S = 3600.0
 #: Where to look when nothing but the process itself could have said why.
 _HOW = "the log has how it ended (signal 9 is mostly too little memory)"
 
+#: How the verdict begins on a series that the listener could not read in several attempts.
+SET_ASIDE = "not analysed: set aside"
+
 #: Seconds to wait for another process to end its transaction.
 BUSY_S = 30.0
 

@@ -19,6 +19,7 @@ import pydicom
 from pydicom.dataset import Dataset
 
 from node.images.volume import Volume
+from node.intake.received import read_received
 from node.methods.pneumonia.findings import Findings
 from node.results import not_analysed_report, pdf, preflight, rejection, report, segmentation
 from node.results.capture import maker
@@ -220,7 +221,7 @@ def _require_fit(volume: Volume, findings: Findings) -> None:
 def _first_header(volume: Volume, sources: Sequence[Dataset] | None) -> Dataset:
     first = volume.sources[0]
     if sources is None:
-        return pydicom.dcmread(first.path, stop_before_pixels=True)
+        return read_received(first.path)
     for header in sources:
         if header.SOPInstanceUID == first.sop_instance_uid:
             return header
