@@ -1,4 +1,4 @@
-"""What several test rooms share: the public data beside the checkout, free ports, real peers."""
+"""What several folders of tests share: the public data beside the checkout, free ports, real peers."""
 
 from __future__ import annotations
 
@@ -206,11 +206,19 @@ class Orthanc:
         httpx.delete(f"{self.http}{path}", timeout=60).raise_for_status()
 
 
-@pytest.fixture
-def orthanc(tmp_path: Path) -> Iterator[Orthanc]:
-    """A real Orthanc on loopback."""
-    with running_orthanc(tmp_path / "orthanc") as archive:
+@pytest.fixture(scope="session")
+def _orthanc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
+    with running_orthanc(tmp_path_factory.mktemp("orthanc")) as archive:
         yield archive
+
+
+@pytest.fixture
+def orthanc(_orthanc: Orthanc) -> Orthanc:
+    """A real Orthanc on loopback, empty; one for all tests, as it takes longer to start than most of them."""
+    for patient in _orthanc.get("/patients").json():
+        _orthanc.delete(f"/patients/{patient}")
+    assert _orthanc.get("/statistics").json()["CountInstances"] == 0
+    return _orthanc
 
 
 @contextmanager
@@ -284,10 +292,10 @@ class RunningNode:
             timeout=120,
         )
 
-    def states(self) -> list[str]:
-        """Where each series stands, from the ledger: for those who wait, as the command takes seconds of a core."""
+    def states(self) -> dict[str, str]:
+        """Where each series stands, by its UID: for those who wait, as the command takes seconds of a core."""
         ledger = Ledger(f"sqlite:///{self.settings_file.parent / 'var' / LEDGER}")
-        return [render.state(series) for series in render.all_series(ledger)]
+        return {series.series_instance_uid: render.state(series) for series in render.all_series(ledger)}
 
     def status(self) -> list[dict[str, Any]]:
         """What `lungnode status --json` prints."""
