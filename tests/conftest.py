@@ -1,10 +1,12 @@
-"""What several test rooms share: the public data beside the checkout, free ports, real peers."""
+"""What several folders of tests share: the public data beside the checkout, free ports, real peers."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -12,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,7 @@ class Story:
     def __init__(self, request: pytest.FixtureRequest) -> None:
         self._name = request.node.name
         self._capture = request.config.pluginmanager.getplugin("capturemanager")
-        self._results = request.config.stash.setdefault(STORIES, [])
+        self._properties = request.node.user_properties
         self._start = time.monotonic()
 
     def progress(self, text: str) -> None:
@@ -72,11 +74,11 @@ class Story:
                 print(f"{time.monotonic() - self._start:7.0f} s  {self._name}: {text}", flush=True)
 
     def result(self, text: str) -> None:
-        """Keep for the summary at the end."""
-        self._results.append(f"{self._name}: {text}")
+        """Keep for the summary at the end; a property of the test, as these come from xdist's workers too."""
+        self._properties.append((STORY, f"{self._name}: {text}"))
 
 
-STORIES = pytest.StashKey[list[str]]()
+STORY = "story"
 
 
 @pytest.fixture
@@ -85,12 +87,26 @@ def story(request: pytest.FixtureRequest) -> Story:
     return Story(request)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Show what the tests of chance came to."""
-    if stories := config.stash.get(STORIES, []):
+    reports = [one for outcome in ("passed", "failed") for one in terminalreporter.stats.get(outcome, [])]
+    if stories := [
+        text for one in reports if one.when == "call" for name, text in one.user_properties if name == STORY
+    ]:
         terminalreporter.section("what the tests of chance came to")
         for line in stories:
             terminalreporter.write_line(line)
+
+
+#: Files of which each takes minutes, the longest first: begun last, one would run alone at the end, its worker's fellow
+#: idle.
+LONGEST = ("test_ohif", "test_node_killed", "test_journey", "test_node_steps", "test_node_broker", "test_node_soak")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the order within a file stays."""
+    place = {f"{name}.py": n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture
@@ -120,11 +136,19 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.collect()  # sockets that pynetdicom dropped, while the test's filter of warnings is in force
 
 
+#: Ports below those that Linux gives to outgoing connections, so that none takes one between its choice and its use;
+#: each of xdist's workers has a thousand of its own.
+_PORTS = range(20_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]), 32_000)[:1000]
+_port = itertools.count(random.randrange(len(_PORTS)))
+
+
 def free_port() -> int:
-    """A TCP port on loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port on loopback that was free a moment ago, and that is not given again soon."""
+    while True:
+        port = _PORTS[next(_port) % len(_PORTS)]
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def tool(name: str) -> str:
@@ -182,11 +206,19 @@ class Orthanc:
         httpx.delete(f"{self.http}{path}", timeout=60).raise_for_status()
 
 
-@pytest.fixture
-def orthanc(tmp_path: Path) -> Iterator[Orthanc]:
-    """A real Orthanc on loopback."""
-    with running_orthanc(tmp_path / "orthanc") as archive:
+@pytest.fixture(scope="session")
+def _orthanc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
+    with running_orthanc(tmp_path_factory.mktemp("orthanc")) as archive:
         yield archive
+
+
+@pytest.fixture
+def orthanc(_orthanc: Orthanc) -> Orthanc:
+    """A real Orthanc on loopback, empty; one for all tests, as it takes longer to start than most of them."""
+    for patient in _orthanc.get("/patients").json():
+        _orthanc.delete(f"/patients/{patient}")
+    assert _orthanc.get("/statistics").json()["CountInstances"] == 0
+    return _orthanc
 
 
 @contextmanager
@@ -260,10 +292,10 @@ class RunningNode:
             timeout=120,
         )
 
-    def states(self) -> list[str]:
-        """Where each series stands, from the ledger: for those who wait, as the command takes seconds of a core."""
+    def states(self) -> dict[str, str]:
+        """Where each series stands, by its UID: for those who wait, as the command takes seconds of a core."""
         ledger = Ledger(f"sqlite:///{self.settings_file.parent / 'var' / LEDGER}")
-        return [render.state(series) for series in render.all_series(ledger)]
+        return {series.series_instance_uid: render.state(series) for series in render.all_series(ledger)}
 
     def status(self) -> list[dict[str, Any]]:
         """What `lungnode status --json` prints."""

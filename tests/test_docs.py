@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import subprocess
+import sys
 import tomllib
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -14,7 +19,19 @@ from typer.core import TyperGroup
 from node import __version__
 from node.cli.main import app
 from node.cli.render import STYLE
+from node.config import schema
 from node.results.report import PRIVATE_CODES
+
+
+def reference() -> Any:
+    """The module docs/reference.py."""
+    found = importlib.util.spec_from_file_location("reference", REPOSITORY / "docs" / "reference.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -23,6 +40,7 @@ def commands() -> dict[str, str]:
     found: dict[str, str] = {}
 
     def walk(group: TyperGroup, prefix: str) -> None:
+        assert group.help, f"{prefix} has no help"
         for name, command in group.commands.items():
             if isinstance(command, TyperGroup):
                 walk(command, f"{prefix} {name}")
@@ -44,8 +62,41 @@ def test_every_command_has_help_and_stands_in_the_readme_and_no_other_does() -> 
     assert in_readme == set(in_code)
 
 
+def test_reference_pages_are_those_of_the_code() -> None:
+    for name, text in reference().pages().items():
+        assert (REPOSITORY / "docs" / "reference" / name).read_text() == text, f"{name} drifted; run `make docs`"
+
+
+def test_reference_names_every_command_and_every_setting() -> None:
+    pages = reference().pages()
+    assert set(re.findall(r"^## (lungnode .*)$", pages["commands.md"], re.MULTILINE)) == set(commands())
+    for section in [schema(), *schema()["$defs"].values()]:
+        for key, value in section.get("properties", {}).items():
+            assert value["description"], key
+            assert re.search(rf"^\| `{key}` \| [^|]", pages["settings.md"], re.MULTILINE), key
+
+
+def test_site_builds_without_a_warning_and_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    for page in tmp_path.rglob("*.html"):
+        asked_for = re.findall(r"<(?:script|img|link|iframe)\b[^>]*?\b(?:src|href)=\"([^\"]+)", page.read_text())
+        assert asked_for
+        assert [one for one in asked_for if "//" in one] == [], page.name
+
+
 def test_links_lead_somewhere() -> None:
-    for document in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("models/**/*.md")):
+    for document in (
+        REPOSITORY / "README.md",
+        *(REPOSITORY / "docs").glob("**/*.md"),
+        *REPOSITORY.glob("models/**/*.md"),
+    ):
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
@@ -74,8 +125,9 @@ def test_constraints_name_no_registry_and_pin_all_direct_dependencies() -> None:
     assert "://" not in text
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in text.splitlines() if "==" in line}
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
-    assert {re.split(r"[><=;\[ ]", one)[0].lower() for one in wanted} <= pinned
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(one for extra in set(extras) - {"bench"} for one in extras[extra])]
+    assert {re.split(r"[><=;\[ ]", one)[0].lower() for one in wanted} - {"lungnode"} <= pinned
 
 
 def test_private_codes_of_the_results_page_are_those_of_the_code() -> None:

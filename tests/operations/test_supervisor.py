@@ -47,7 +47,8 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "node").mkdir()
     (tmp_path / "node" / "__init__.py").touch()
     (tmp_path / "node" / "__main__.py").write_text(STAND_IN)
-    monkeypatch.chdir(tmp_path)  # where `python -m` looks first
+    monkeypatch.chdir(tmp_path)  # where they note
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(supervisor, "RESTART_S", (0.1, 60.0))
     return tmp_path / "told"
 

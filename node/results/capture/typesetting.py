@@ -1,7 +1,7 @@
 """Text on pictures: one typeface, colours that read on a grey monitor, and lines that never leave their column.
 
-The typeface is Roboto, from a package, so that a picture is the same on every machine; its figures are all of one
-width, so that columns of numbers line up.
+The typeface is Roboto, whose files lie in `fonts/` with their licence, so that a picture is the same on every machine;
+its figures are all of one width, so that columns of numbers line up.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
-import font_roboto
 from PIL import ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
@@ -21,6 +21,9 @@ Weight = Literal["Roboto", "RobotoMedium"]
 #: Weights in use: text, and what a reader looks for first.
 REGULAR: Weight = "Roboto"
 MEDIUM: Weight = "RobotoMedium"
+
+_FONTS = Path(__file__).parent / "fonts"
+_STYLE: dict[Weight, str] = {REGULAR: "Regular", MEDIUM: "Medium"}
 
 #: Page, text, text that matters less, rules, and text that warns.
 PAGE: Colour = (14, 16, 20)
@@ -127,7 +130,7 @@ def leading(size: int) -> int:
 
 def font_file(weight: Weight) -> str:
     """Path of the TrueType file of a weight."""
-    return str(font_roboto.font_files[weight])
+    return str(_FONTS / f"Roboto-{_STYLE[weight]}.ttf")
 
 
 @cache
