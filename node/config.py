@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,7 +22,9 @@ from pydicom._dicom_dict import DicomDictionary
 from pydicom.datadict import tag_for_keyword
 from pydicom.multival import MultiValue
 
-from node.results.forms import CAPTURE_FORMS, KINDS, Kind, Profile, SegForm, SrForm
+from models.registry import BundleError, load_bundle
+from node.methods import registry
+from node.results.forms import CAPTURE_FORMS, Profile, SegForm, SrForm, kinds_of
 
 #: Where settings are looked for when no file is named: the environment first, then the working folder.
 CONFIG_VARIABLE = "LUNGNODE_CONFIG"
@@ -96,8 +98,9 @@ class Peer(_Section):
     def _yaml_says_true_for_on(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
-    takes: tuple[Kind, ...] = Field(KINDS, examples=[["capture", "pdf"]])
-    """the objects that the peer can store, whatever a route names: infection-seg, lung-seg, sr, capture, pdf"""
+    takes: tuple[str, ...] | None = Field(None, examples=[["capture", "pdf"]])
+    """the objects that the peer can store, whatever a route names: infection-seg, lung-seg, sr, capture, pdf; left
+    out, all"""
     seg: SegForm = "binary"
     """form of its segmentations: binary, binary-all-frames (a frame for every slice), or labelmap"""
     sr: SrForm = "comprehensive-3d"
@@ -115,10 +118,10 @@ class Route(_Section):
     """peers (by name) whose series this route takes; 'any' for all"""
     when: dict[str, str | tuple[str, ...]] = Field(default_factory=dict, examples=[{"StationName": "CT1*"}])
     """DICOM keywords and the values they must have; '*' and '?' match as in file names, a list is 'one of'"""
-    analysis: Literal["pneumonia"] = "pneumonia"
-    """the analysis to run"""
-    to: dict[str, tuple[Kind, ...]] = Field(examples=[{"pacs": ["infection-seg", "lung-seg", "sr", "capture"]}])
-    """peers (by name) and the objects that each gets: infection-seg, lung-seg, sr, capture, pdf"""
+    analysis: str = Field(registry.DEFAULT, examples=["pneumonia"])
+    """name of the method that analyses: pneumonia, or another one that is installed"""
+    to: dict[str, tuple[str, ...]] = Field(examples=[{"pacs": ["infection-seg", "lung-seg", "sr", "capture"]}])
+    """peers (by name) and the objects that each gets: infection-seg, lung-seg, sr, capture, pdf (of pneumonia)"""
     urgent: bool = False
     """let these series overtake the rest; a Requested Procedure Priority of STAT or HIGH does so too"""
     tell_not_analysed: bool = True
@@ -147,15 +150,6 @@ class Retention(_Section):
     """free disk in MB below which status and log warn, well before the listener refuses"""
 
 
-class Models(_Section):
-    """Which models analyse, by the names that `lungnode models list` shows."""
-
-    lungs: str = Field("lungs", examples=["lungs-r231"])
-    """name of the model that finds the lungs"""
-    infection: str = "infection"
-    """name of the model that finds infection"""
-
-
 class Settings(_Section):
     """Everything that an installation may set."""
 
@@ -174,8 +168,10 @@ class Settings(_Section):
     retention: Retention = Retention()
     """how long files are kept"""
 
-    models: Models = Models()
-    """which models analyse; your own lie in the folder models/ of data"""
+    models: dict[str, str | dict[str, str]] = Field(
+        default_factory=dict, examples=[{"pneumonia": {"lungs": "lungs-r231"}}]
+    )
+    """by method, the model of each role, as `lungnode models list` names them; your own lie in models/ below data"""
 
     @property
     def installed_models(self) -> Path:
@@ -191,7 +187,25 @@ class Settings(_Section):
         peer = self.peers.get(peer_name)
         if peer is None:
             return Profile(tuple(kinds))
-        return Profile(tuple(kind for kind in peer.takes if kind in kinds), peer.seg, peer.sr, peer.capture)
+        taken = tuple(kind for kind in kinds if peer.takes is None or kind in peer.takes)
+        return Profile(taken, peer.seg, peer.sr, peer.capture)
+
+    def models_for(self, method: str) -> dict[str, str]:
+        """Names of the models that a method is to use, by their roles; those that are not here are the default ones."""
+        named = self.models.get(method, {})
+        # Before there were other methods, the roles of pneumonia stood here by themselves.
+        before = {role: name for role, name in self.models.items() if isinstance(name, str)}
+        return (before if method == registry.DEFAULT else {}) | (named if isinstance(named, dict) else {})
+
+    def hints(self) -> list[str]:
+        """What works and had better be changed, in a sentence each."""
+        if not (before := [role for role, name in self.models.items() if isinstance(name, str)]):
+            return []
+        told = ", ".join(f"{role}: {self.models[role]}" for role in before)
+        return [
+            f"models.{before[0]}: models are named by method now, and a later version will not read this form. "
+            f"Write models: {{{registry.DEFAULT}: {{{told}}}}}."
+        ]
 
     def peer_names(self, ae_title: str) -> set[str]:
         """Names of all peers with this AE title."""
@@ -241,6 +255,23 @@ def load(file: Path | None = None) -> Settings:
     return _with_secrets(parse(text, path))
 
 
+def check(file: Path) -> tuple[Settings, list[str]]:
+    """Read settings as `load` does, check the models that they name too, and say what had better be changed.
+
+    Models are no part of `load`: a node must start, and install a model, that lacks one.
+
+    Raises
+    ------
+    ConfigError
+        As for `load`, or a model is missing, damaged or of another role than it is named for.
+    """
+    settings = load(file)
+    text = file.read_text(encoding="utf-8")
+    lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader), ()))
+    _raise(file, lines, _model_checks(settings))
+    return settings, settings.hints()
+
+
 def parse(text: str, file: Path = Path("settings.yaml")) -> Settings:
     """Check the YAML `text` that came from `file`; raises `ConfigError`."""
     try:
@@ -257,12 +288,7 @@ def parse(text: str, file: Path = Path("settings.yaml")) -> Settings:
         settings = Settings.model_validate({} if values is None else values)
     except ValidationError as error:
         raise ConfigError([_problem(file, lines, dict(e)) for e in error.errors()]) from None
-    problems = [
-        Problem(file, _line(lines, location), _dotted(location), what, mend)
-        for location, what, mend in _cross_checks(settings)
-    ]
-    if problems:
-        raise ConfigError(problems)
+    _raise(file, lines, _cross_checks(settings))
     return settings
 
 
@@ -275,6 +301,13 @@ def schema() -> dict[str, Any]:
 
 
 _Location = tuple[int | str, ...]
+
+
+def _raise(file: Path, lines: Mapping[_Location, int], found: Iterable[tuple[_Location, str, str]]) -> None:
+    """Raise `ConfigError` where something was found."""
+    problems = [Problem(file, _line(lines, location), _dotted(location), what, mend) for location, what, mend in found]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _matches(value: Any, wanted: str | tuple[str, ...]) -> bool:
@@ -294,6 +327,8 @@ def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
     if urlsplit(settings.broker).password:
         mend = "Take the URL out of the file and set it in the environment as LUNGNODE_BROKER."
         yield ("broker",), "holds a password", mend
+    yield from _takes_checks(settings)
+    yield from _models_named(settings)
     seen: set[str] = set()
     for n, route in enumerate(settings.routes):
         if route.name in seen:
@@ -305,9 +340,11 @@ def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
         seen.add(route.name)
         for m, name in enumerate(() if route.from_ == "any" else route.from_):
             yield from _peer_check(settings, ("routes", n, "from", m), name, "send")
+        yield from _method_checks(settings, n, route)
         for name, kinds in route.to.items():
             yield from _peer_check(settings, ("routes", n, "to", name), name, "receive")
-            if name in settings.peers and kinds and not set(kinds) & set(settings.peers[name].takes):
+            takes = settings.peers[name].takes if name in settings.peers else None
+            if takes is not None and kinds and not set(kinds) & set(takes):
                 mend = f"Name an object that it takes, or add one to peers.{name}.takes."
                 yield ("routes", n, "to", name), f"peer '{name}' takes none of these objects", mend
         for keyword in route.when:
@@ -318,6 +355,76 @@ def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
                     "is not a DICOM keyword",
                     near or "Use a keyword of PS3.6, such as StationName.",
                 )
+
+
+def _method_checks(settings: Settings, n: int, route: Route) -> Iterator[tuple[_Location, str, str]]:
+    """A route's method is installed and makes what the route sends; imports no method but that one."""
+    method, problem = _method(route.analysis)
+    if method is None:
+        near = _nearest(route.analysis, registry.names())
+        mend = near or f"Install the package of the method, or name one of {', '.join(registry.names())}."
+        yield ("routes", n, "analysis"), problem, mend
+        return
+    makes = kinds_of(method.segmentations)
+    known = ", ".join(f"'{kind}'" for kind in makes)
+    for name, kinds in route.to.items():
+        for m, kind in enumerate(kinds):
+            if kind not in makes:
+                what = f"'{kind}' is no object of the method {route.analysis}, which makes {known}"
+                yield ("routes", n, "to", name, m), what, _nearest(kind, makes) or f"Name one of {', '.join(makes)}."
+
+
+def _takes_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
+    """What peers take is an object of some method: the default one, or one that a route names."""
+    names = {registry.DEFAULT, *(route.analysis for route in settings.routes)}
+    methods = [method for method in (_method(name)[0] for name in sorted(names)) if method is not None]
+    makes = sorted({kind for method in methods for kind in kinds_of(method.segmentations)})
+    for name, peer in settings.peers.items():
+        for n, kind in enumerate(peer.takes or ()):
+            if kind not in makes:
+                mend = _nearest(kind, makes) or f"Name one of {', '.join(makes)}."
+                yield ("peers", name, "takes", n), f"'{kind}' is no object of any method here", mend
+
+
+def _models_named(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
+    """Models are named for roles that their method has."""
+    for key, value in settings.models.items():
+        at: _Location = ("models",) if isinstance(value, str) else ("models", key)
+        method, problem = _method(registry.DEFAULT if isinstance(value, str) else key)
+        if method is None:
+            yield at, problem, _nearest(key, registry.names()) or f"Known here: {', '.join(registry.names())}."
+            continue
+        for role in (key,) if isinstance(value, str) else value:
+            if role not in method.roles:
+                mend = _nearest(role, method.roles) or f"Known here: {', '.join(method.roles)}."
+                yield (*at, role), f"the method {method.name} needs no model '{role}'", mend
+
+
+def _model_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
+    """Models that the settings name, and the default ones of the routes' methods, are there and have their roles."""
+    names = sorted({*(route.analysis for route in settings.routes), *_methods_with_models(settings)})
+    for method in (registry.find(name) for name in names):
+        named = settings.models_for(method.name)
+        flat = isinstance(settings.models.get(next(iter(named), "")), str)
+        for role, wanted in method.roles.items():
+            location: _Location = ("models", role) if flat else ("models", method.name, role)
+            try:
+                wanted.require(load_bundle(named.get(role, wanted.default), settings.installed_models))
+            except BundleError as error:
+                mend = f"Name a model of {wanted.finds}; `lungnode models list` shows what each is for."
+                yield location, str(error), mend
+
+
+def _methods_with_models(settings: Settings) -> set[str]:
+    return {registry.DEFAULT if isinstance(value, str) else key for key, value in settings.models.items()}
+
+
+def _method(name: str) -> tuple[registry.Method | None, str]:
+    """A method, or None and why there is none."""
+    try:
+        return registry.find(name), ""
+    except registry.MethodError as error:
+        return None, str(error)
 
 
 def _peer_check(
@@ -379,7 +486,9 @@ def _problem(file: Path, lines: Mapping[_Location, int], error: dict[str, Any]) 
 
 def _in_file(lines: Mapping[_Location, int], raw: _Location, n: int) -> bool:
     """Pydantic adds names of union members to a location; only the last part may be absent from the file."""
-    return raw[: n + 1] in lines or (n == len(raw) - 1 and not str(raw[n]).startswith(("tuple[", "literal[", "str")))
+    return raw[: n + 1] in lines or (
+        n == len(raw) - 1 and not str(raw[n]).startswith(("tuple[", "literal[", "str", "dict["))
+    )
 
 
 def _section(location: _Location) -> dict[str, Any]:

@@ -13,44 +13,35 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import structlog
 from celery import Celery, signals
 from kombu.exceptions import OperationalError
-from pydicom import Dataset, dcmread
-from pydicom.errors import InvalidDicomError
 from redis.exceptions import RedisError
 from sqlalchemy.orm import Session
 
-from models.registry import load_bundle
-from models.runtime import CardMemoryError
-from node.analysis import priors
-from node.config import Settings, load
+from node.analysis import priors, run
+from node.config import load
 from node.delivery import superseding
 from node.delivery.outbox import Outbox
 from node.files import retention
-from node.images.volume import Volume, VolumeError
-from node.ledger.store import Analysis, Delivery, Lease, Ledger, Object, Series, State
-from node.methods.pneumonia import pipeline
-from node.methods.pneumonia.findings import Findings
-from node.methods.pneumonia.serialise import summary
+from node.images.headers import all_headers, first_header
+from node.images.volume import VolumeError
+from node.installation import Node
+from node.ledger.store import Analysis, Delivery, Lease, Object, Series, State
+from node.methods.outcome import plain
 from node.operations.supervisor import settle
 from node.results import makers
 from node.results.forms import FALLBACK, Profile
+from node.results.provenance import Part
 from node.telemetry import logs
 
-if TYPE_CHECKING:
-    from models.segmenter.inference import Segmenter
-
 log = structlog.get_logger(__name__)
-
-#: The ledger's file in the data folder.
-LEDGER = "ledger.sqlite"
 
 #: Seconds after which an analysis is taken to hang, and its process is killed. On the slowest CPU that we know it takes
 #: a minute or two.
@@ -87,50 +78,10 @@ app.conf.update(
 )
 
 
-@dataclass(frozen=True)
-class Node:
-    """The settings of this installation and the places where its things lie."""
-
-    settings: Settings
-    ledger: Ledger
-
-    @classmethod
-    def open(cls, settings: Settings) -> Node:
-        """Make the folders and the ledger's tables where they are missing."""
-        for folder in ("spool", "results"):
-            (settings.data / folder).mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(f"sqlite:///{settings.data / LEDGER}")
-        ledger.migrate()
-        return cls(settings, ledger)
-
-    @property
-    def spool(self) -> Path:
-        """Folder of received instances."""
-        return self.settings.data / "spool"
-
-    @property
-    def results(self) -> Path:
-        """Folder of the objects that analyses made."""
-        return self.settings.data / "results"
-
-
 @functools.cache
 def node() -> Node:
     """This process's node, by the settings that `LUNGNODE_CONFIG` names."""
     return Node.open(load())
-
-
-@functools.cache
-def segmenter(
-    device: str, lungs: str = "lungs", infection: str = "infection", installed: Path | None = None
-) -> Segmenter:
-    """The networks of the pneumonia analysis, loaded once in a process; `installed` holds models of one's own."""
-    from models.runtime import keep_memory
-    from models.segmenter.inference import Segmenter  # torch takes seconds to import; only the analyse worker needs it
-
-    chosen = None if device == "auto" else device
-    keep_memory()
-    return Segmenter(load_bundle(lungs, installed), load_bundle(infection, installed), chosen)
 
 
 #: Set when this process is to end.
@@ -239,8 +190,9 @@ class _Work:
 
     row: int
     series_uid: str
+    method: str
     paths: list[Path]
-    part: makers.Part
+    part: Part
     note: str
     folder: Path
     #: What each peer gets, and in which form, by the peer's name.
@@ -285,8 +237,9 @@ def _begin(here: Node, row: int) -> _Work:
         return _Work(
             row,
             series.series_instance_uid,
+            analysis.method,
             [here.spool / name for name in analysis.instances or series.instances],
-            makers.Part(analysis.acquisition, series.analyses.index(analysis)),
+            Part(analysis.acquisition, series.analyses.index(analysis)),
             analysis.note,
             here.results / series.series_instance_uid / f"{series.generation}-{analysis.id}",
             {peer: here.settings.profile(peer, kinds) for peer, kinds in analysis.destinations.items()},
@@ -330,42 +283,26 @@ def _make(here: Node, work: _Work) -> _Made:
     """Analyse and build; a series that cannot be analysed gets the objects that say so."""
     work.folder.mkdir(parents=True, exist_ok=True)
     if work.gave_up is not None:
-        told = _not_analysed(work, "the analysis failed; the administrator of lungnode can see why")
-        return _Made("failed", f"failed: {work.gave_up}", told.objects)
+        failed = _not_analysed(work, "the analysis failed; the administrator of lungnode can see why")
+        return _Made("failed", f"failed: {work.gave_up}", failed.objects)
     if work.not_analysed is not None:
         return _not_analysed(work, work.not_analysed)
+    told, what = _told(here, work), run.Work(work.method, work.paths, work.note)
     try:
-        volume, findings = _segmented(here, work)
+        volume, outcome = run.analyse(what, here.settings, told, lambda why: told(f"goes on on the CPU: {why}", 0.0))
     except VolumeError as refusal:
         return _not_analysed(work, str(refusal))
-    if work.note:
-        findings = replace(findings, notes=(work.note, *findings.notes))
-    before = priors.results_of(here.ledger, here.spool, work.row, findings.models)
-    profiles = _with_fallback(work.profiles)
     made = makers.build(
         volume,
-        findings,
+        outcome,
         None,
         work.folder,
-        profiles,
+        _with_fallback(work.profiles),
         content_datetime=work.content_at,
-        earlier=before,
+        earlier=priors.results_of(here.ledger, here.spool, work.row, outcome.models),
         part=work.part,
     )
-    return _Made("done", outcome(findings), made, summary(findings, volume))
-
-
-def _segmented(here: Node, work: _Work) -> tuple[Volume, Findings]:
-    """The analysis, on the CPU when the card has too little memory for it."""
-    told, wanted = _told(here, work), here.settings
-    models = (wanted.models.lungs, wanted.models.infection, wanted.installed_models)
-    try:
-        return pipeline.analyse(work.paths, segmenter(wanted.worker.device, *models), told)
-    except CardMemoryError as error:
-        log.warning("analysed on the CPU", series=work.series_uid, because=str(error))
-        with here.ledger() as session:
-            here.ledger.tell_of(session, session.get_one(Analysis, work.row), f"goes on on the CPU: {error}")
-        return pipeline.analyse(work.paths, segmenter("cpu", *models), told)
+    return _Made("done", outcome.brief, made, plain(outcome))
 
 
 def _told(here: Node, work: _Work) -> Callable[[str, float], None]:
@@ -384,57 +321,16 @@ def _told(here: Node, work: _Work) -> Callable[[str, float], None]:
 def _not_analysed(work: _Work, reason: str) -> _Made:
     if not work.tell:
         return _Made("refused", f"not analysed: {reason}", [])
-    headers = _headers(work.paths)
-    profiles = _with_fallback(work.profiles)
-    made = makers.not_analysed(headers, reason, work.folder, profiles, content_datetime=work.content_at, part=work.part)
-    return _Made("refused", f"not analysed: {reason}", made)
-
-
-def first_header(paths: Sequence[Path]) -> Dataset:
-    """The header of the first file that can be read: the analysis says, and tries again, where one of them cannot.
-
-    Raises
-    ------
-    OSError
-        None can be read. `FileNotFoundError` when they are all gone.
-    """
-    errors: list[OSError] = []
-    for path in paths:
-        try:
-            return dcmread(path, stop_before_pixels=True)
-        except OSError as error:
-            errors.append(error)
-    raise next((one for one in errors if not isinstance(one, FileNotFoundError)), errors[0])
-
-
-def _headers(paths: list[Path]) -> list[Dataset]:
-    """Headers of the files that can be read, as one that cannot may be why the analysis failed.
-
-    Raises
-    ------
-    OSError, InvalidDicomError
-        None can be read.
-    """
-    headers, errors = list[Dataset](), list[Exception]()
-    for path in paths:
-        try:
-            headers.append(dcmread(path, stop_before_pixels=True))
-        except (OSError, InvalidDicomError) as error:
-            errors.append(error)
-    if errors and not headers:
-        raise errors[0]
-    return headers
-
-
-def outcome(findings: Findings) -> str:
-    """The findings in one line."""
-    share, scan = findings.both.infected_share, findings.scan
-    if not findings.lesion_list:
-        return f"lungs {findings.both.volume_ml:.0f} ml, no infection found"
-    return (
-        f"lungs {findings.both.volume_ml:.0f} ml, infected {findings.both.infected_ml:.0f} ml ({share:.1%}), "
-        f"longest run {scan.consecutive.longest_run} slices, {scan.intensity.grade}"
+    made = makers.not_analysed(
+        all_headers(work.paths),
+        reason,
+        work.folder,
+        _with_fallback(work.profiles),
+        content_datetime=work.content_at,
+        part=work.part,
+        subject=run.subject_of(work.method),
     )
+    return _Made("refused", f"not analysed: {reason}", made)
 
 
 def _with_fallback(profiles: dict[str, Profile]) -> list[Profile]:

@@ -24,9 +24,13 @@ import pytest
 from node.cli import render
 from node.delivery import outbox as outbox_module
 from node.delivery import peer as peer_module
+from node.installation import LEDGER, Node
+from node.intake import closing
+from node.intake.assembly import ClosedSeries
+from node.intake.verdict import Verdict
 from node.ledger import store as ledger_module
 from node.ledger.store import Ledger
-from node.tasks import LEDGER
+from node.methods import registry
 
 # A machine that is busy with other work is no reason to fail.
 hypothesis.settings.register_profile("lungnode", deadline=None)
@@ -118,6 +122,16 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(ledger_module, "backoff_s", lambda _work, attempts: 0.05 * attempts)
     yield
     gc.collect()  # sockets that pynetdicom dropped, while the test's filter of warnings is in force
+
+
+def accepts(method: str, closed: ClosedSeries) -> list[Verdict]:
+    """What the installed method of this name says of a series: what the node gives its listener."""
+    return registry.find(method).accepts(closed)
+
+
+def series_closed(here: Node, closed: ClosedSeries) -> None:
+    """What the listener does with a closed series; no task is dispatched."""
+    closing.series_closed(here, closed, accepts, lambda _: None)
 
 
 def free_port() -> int:

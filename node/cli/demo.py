@@ -31,8 +31,8 @@ from node.config import CONFIG_VARIABLE, Peer, load
 from node.delivery.peer import VERIFICATION, Outgoing, PeerError, echo
 from node.delivery.push import push_all
 from node.images.phantom_series import write_series
+from node.installation import Node
 from node.ledger.store import Series
-from node.tasks import Node
 
 #: The phantom of the demo: a thorax with ground glass and consolidation in both lungs.
 SEED = 7

@@ -6,19 +6,22 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Callable, Iterable
 
 import structlog
 from pydicom import Dataset
 from sqlalchemy import func, select
 
+from node.config import Route
 from node.delivery import commitment, superseding
+from node.images.headers import first_header
+from node.installation import Node
 from node.intake.assembly import Assembly, AssociationId, ClosedSeries
 from node.intake.listener import Listener, ListenerOptions
 from node.intake.series_count import Counter
 from node.intake.spool import Spool
+from node.intake.verdict import Verdict
 from node.ledger.store import Analysis, Series
-from node.methods.pneumonia.triage import Verdict, triage
-from node.tasks import Node, first_header, ring
 from node.telemetry import logs
 
 log = structlog.get_logger(__name__)
@@ -33,11 +36,17 @@ UNREADABLE_S = 600.0
 #: Series of a lost ledger that are open at a time.
 OPEN_AT_ONCE = 50
 
+#: What the method of this name says of a closed series; it belongs to a later stage, which the listener is given.
+Accepts = Callable[[str, ClosedSeries], list[Verdict]]
+
+#: Dispatches a task for each analysis, by its row.
+Dispatch = Callable[[Iterable[int]], None]
+
 #: Descriptors that are kept open for as long as the process lives.
 _LOCKS: list[int] = []
 
 
-def intake(here: Node) -> Listener:
+def intake(here: Node, accepts: Accepts, dispatch: Dispatch) -> Listener:
     """The listener of this installation, ready to start, with what was open when the last one ended."""
     me = here.settings.listener
     # Two listeners on one spool would clear away each other's half-written files. The lock goes with the process.
@@ -52,7 +61,7 @@ def intake(here: Node) -> Listener:
     counting = {peer.ae_title: peer for peer in here.settings.peers_that_may("count").values()}
     counter = Counter(counting, me.ae_title)
     assembly = Assembly(
-        lambda closed: series_closed(here, closed),
+        lambda closed: series_closed(here, closed, accepts, dispatch),
         me.quiet_period_s,
         recall=lambda study, series: ((one.header, one.path) for one in spool.series(study, series)),
         lacking=here.ledger.lacks,
@@ -74,8 +83,8 @@ def intake(here: Node) -> Listener:
     return Listener(options, spool, assembly, contexts=contexts, handlers=handlers, stopped=counter.stop)
 
 
-def series_closed(here: Node, closed: ClosedSeries) -> None:
-    """Triage a series that intake closed, and write down what is owed for it.
+def series_closed(here: Node, closed: ClosedSeries, accepts: Accepts, dispatch: Dispatch) -> None:
+    """Find the route of a series that intake closed, ask its method, and record the analyses that are due.
 
     Raises
     ------
@@ -83,12 +92,13 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
         Its files are there and none can be read now.
     """
     closed_because, complete = closed.reason, closed.complete
+    route: Route | None
     try:
-        verdicts = triage(closed)
         header = first_header(closed.paths)
         names = here.settings.peer_names(closed.calling_ae)
         route = next((route for route in here.settings.routes if route.takes(names, header)), None)
         urgent = _urgent(header) or (route is not None and route.urgent)
+        verdicts = _judged(closed, route, accepts)
     except Exception as error:
         route, urgent = None, False
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
@@ -104,8 +114,8 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
             # Whatever is wrong with its header, the series must come to an end that can be seen.
             verdicts = [Verdict(False, f"not analysed: its header cannot be read ({logs.plainly(error)})")]
     decision = "; ".join(f"{one.acquisition}: {one.reason}" if one.acquisition else one.reason for one in verdicts)
-    if any(one.analyse for one in verdicts):
-        decision = "not analysed: no route takes it" if route is None else f"route '{route.name}': {decision}"
+    if route is not None and any(one.analyse for one in verdicts):
+        decision = f"route '{route.name}': {decision}"
     with here.ledger() as session:
         series = here.ledger.add_series(
             session,
@@ -128,6 +138,7 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
                 series.analyses.append(
                     Analysis(
                         route=route.name,
+                        method=route.analysis,
                         urgent=urgent,
                         destinations={peer: list(kinds) for peer, kinds in route.to.items()},
                         tell=route.tell_not_analysed,
@@ -141,7 +152,23 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
         superseding.drop_waiting(here.ledger, session, series)
         bells = [analysis.id for analysis in series.analyses]
     log.info("triaged", series=closed.series_instance_uid, decision=decision)
-    ring("analyse", bells)
+    _dispatch(dispatch, bells)
+
+
+def _judged(closed: ClosedSeries, route: Route | None, accepts: Accepts) -> list[Verdict]:
+    """What the route's method says; a method that fails must not keep the series from coming to a visible end."""
+    if route is None:
+        return [Verdict(False, "not analysed: no route takes it")]
+    try:
+        return accepts(route.analysis, closed)
+    except Exception as error:
+        why = f"not analysed: method '{route.analysis}' failed to judge it ({logs.plainly(error)})"
+        return [Verdict(False, why)]
+
+
+def _dispatch(dispatch: Dispatch, analyses: list[int]) -> None:
+    """Without a broker, or where the process ends just now, it is left to the sweep."""
+    dispatch(analyses)
 
 
 def _urgent(header: Dataset) -> bool:

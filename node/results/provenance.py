@@ -21,6 +21,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from models.registry import ModelIdentity
 from node import __version__
+from node.methods.outcome import NEUTRAL, Subject
 
 #: Manufacturer and Manufacturer's Model Name of everything made here.
 MANUFACTURER = MODEL_NAME = "lungnode"
@@ -64,12 +65,13 @@ class Analysis:
     models: tuple[ModelIdentity, ...]
     content_datetime: datetime
     part: Part = WHOLE
+    subject: Subject = NEUTRAL
 
     def uid(self, *names: str) -> str:
         """UID for what `names` says within this analysis.
 
         It depends on the source series, the set of its instances (not their order), what they are called where they
-        are a part of it, the models and `names`; on nothing else.
+        are a part of it, the method, the models and `names`; on nothing else.
 
         Returns
         -------
@@ -82,7 +84,7 @@ class Analysis:
         models = [f"{model.name} {model.version} {model.sha256}" for model in self.models]
         series = str(self.header.get("SeriesInstanceUID", ""))
         part = [self.part.name] if self.part.name else []
-        return uid_of(series, generation.hexdigest(), *part, *models, *names)
+        return uid_of(series, generation.hexdigest(), *part, *self.subject.uid_names, *models, *names)
 
     def unique_instances(self) -> list[SourceInstance]:
         """Every source instance once, without frame numbers, in slice order."""

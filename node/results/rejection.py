@@ -14,7 +14,8 @@ from pydicom.sequence import Sequence as Items
 from pydicom.sr.coding import Code
 from pydicom.uid import KeyObjectSelectionDocumentStorage
 
-from node.results.provenance import MODEL_NAME, Analysis, code_item, describe
+from node.results.provenance import MODEL_NAME, Analysis, SourceInstance, code_item, describe
+from node.results.references import hierarchy, reference
 
 #: (SOP class UID, SOP instance UID, series instance UID) of an object that is taken out of use.
 Outdated = tuple[str, str, str]
@@ -23,11 +24,14 @@ Outdated = tuple[str, str, str]
 _SR = "1.2.840.10008.5.1.4.1.1.88."
 
 
-def note(outdated: Sequence[Outdated], analysis: Analysis) -> Dataset:
-    """Rejection note for `outdated` objects of the study of `analysis`, by TID 2010."""
+def note(outdated: Sequence[Outdated], analysis: Analysis, offset: int) -> Dataset:
+    """Rejection note for `outdated` objects of the study of `analysis`, by TID 2010; `offset` as of `describe`."""
     document = Dataset()
     document.ReferencedPerformedProcedureStepSequence = Items()
-    document.CurrentRequestedProcedureEvidenceSequence = Items([_evidence(outdated, analysis)])
+    by_series: dict[str, list[SourceInstance]] = {}
+    for sop_class_uid, sop_instance_uid, series_uid in outdated:
+        by_series.setdefault(series_uid, []).append(SourceInstance(sop_class_uid, sop_instance_uid))
+    document.CurrentRequestedProcedureEvidenceSequence = Items([hierarchy(analysis, by_series.items())])
     document.ValueType, document.ContinuityOfContent = "CONTAINER", "SEPARATE"
     document.ConceptNameCodeSequence = Items([code_item(Code("113001", "DCM", "Rejected for Quality Reasons"))])
     template = Dataset()
@@ -44,7 +48,7 @@ def note(outdated: Sequence[Outdated], analysis: Analysis) -> Dataset:
         kind="rejection-note",
         sop_class_uid=KeyObjectSelectionDocumentStorage,
         modality="KO",
-        series_offset=99,
+        series_offset=offset,
         series_description="AI: earlier results outdated",
         variant="\n".join(sorted(sop_instance_uid for _, sop_instance_uid, _ in outdated)),
     )
@@ -55,24 +59,5 @@ def _item(sop_class_uid: str, sop_instance_uid: str) -> Dataset:
     item = Dataset()
     item.RelationshipType = "CONTAINS"
     item.ValueType = "COMPOSITE" if sop_class_uid.startswith(_SR) else "IMAGE"
-    item.ReferencedSOPSequence = Items([_reference(sop_class_uid, sop_instance_uid)])
-    return item
-
-
-def _evidence(outdated: Sequence[Outdated], analysis: Analysis) -> Dataset:
-    """The objects, study → series → instance (PS3.3 table C.17-3)."""
-    study = Dataset()
-    study.StudyInstanceUID = analysis.header.StudyInstanceUID
-    study.ReferencedSeriesSequence = Items()
-    for series_uid in dict.fromkeys(series_uid for _, _, series_uid in outdated):
-        series = Dataset()
-        series.SeriesInstanceUID = series_uid
-        series.ReferencedSOPSequence = Items(_reference(*one[:2]) for one in outdated if one[2] == series_uid)
-        study.ReferencedSeriesSequence.append(series)
-    return study
-
-
-def _reference(sop_class_uid: str, sop_instance_uid: str) -> Dataset:
-    item = Dataset()
-    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class_uid, sop_instance_uid
+    item.ReferencedSOPSequence = Items([reference(SourceInstance(sop_class_uid, sop_instance_uid))])
     return item

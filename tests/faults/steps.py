@@ -23,7 +23,7 @@ STEPS: dict[str, tuple[Any, str, bool]] = {
     "instance written, not synced": (Part, "keep", False),
     "instance kept, not acknowledged": (Part, "keep", True),
     "series closed, not recorded": (closing, "series_closed", False),
-    "series recorded, bell not rung": (closing, "ring", False),
+    "series recorded, bell not rung": (closing, "_dispatch", False),
     "analysis taken": (tasks, "_begin", False),
     "analysis begun": (tasks, "_begin", True),
     "one object written": (makers, "_write", True),

@@ -75,3 +75,5 @@ class Findings:
     timings: dict[str, float]
     #: What limits these findings, in a sentence each, such as lungs that reach the last slice.
     notes: tuple[str, ...] = ()
+    #: Whether the lesions' probabilities are as the model's calibration has them.
+    calibrated: bool = False
