@@ -156,6 +156,17 @@ def describe(
     dataset.file_meta = _file_meta(dataset)
 
 
+def set_body_part(dataset: Dataset, subject: Subject) -> None:
+    """Say which body part the images of a series show.
+
+    Where that is not known it may be one of a pair, and Laterality is there with no value (PS3.3 C.7.3.1, type 2C).
+    """
+    if subject.body_part:
+        dataset.BodyPartExamined = subject.body_part
+    else:
+        dataset.Laterality = None
+
+
 def code_item(code: Code) -> Dataset:
     """One item of a code sequence (PS3.3 8.8)."""
     item = Dataset()

@@ -21,7 +21,15 @@ from node.images.volume import Volume
 from node.methods.outcome import Segment
 from node.results.forms import Profile, SegForm
 from node.results.making import Making, Naming
-from node.results.provenance import MANUFACTURER, MODEL_NAME, NOT_FOR_DIAGNOSIS, Analysis, describe, uid_of
+from node.results.provenance import (
+    MANUFACTURER,
+    MODEL_NAME,
+    NOT_FOR_DIAGNOSIS,
+    Analysis,
+    describe,
+    set_body_part,
+    uid_of,
+)
 from node.results.references import reference, sources
 
 #: SOP class of LABELMAP segmentations (PS3.4 B.5), younger than pydicom's names.
@@ -73,8 +81,7 @@ def build(making: Making, naming: Naming, profile: Profile) -> Dataset | None:
         series_description=found.description,
         variant=naming.variant,
     )
-    if analysis.subject.body_part:
-        seg.BodyPartExamined = analysis.subject.body_part
+    set_body_part(seg, analysis.subject)
     return cast("Dataset", seg)
 
 

@@ -34,6 +34,7 @@ from synthetic_chest import (
 from node.images.volume import read_volume
 from node.methods.pneumonia.findings import LEFT, RIGHT
 from node.methods.pneumonia.outcome import outcome_of
+from node.methods.pneumonia.subject import SUBJECT
 from node.results import makers
 from node.results.forms import Profile
 from node.results.provenance import NOT_FOR_DIAGNOSIS
@@ -506,7 +507,7 @@ def test_frames_of_a_multi_frame_source_are_named(tmp_path: Path) -> None:
 def test_not_analysed_says_why_in_the_source_study(tmp_path: Path) -> None:
     chest = make_chest(tmp_path / "ct")
     reason = "there is a gap at z = 12.5 mm"
-    made = makers.not_analysed(chest.headers, reason, tmp_path, content_datetime=MOMENT)
+    made = makers.not_analysed(chest.headers, reason, tmp_path, content_datetime=MOMENT, subject=SUBJECT)
     assert [each.kind for each in made] == ["sr", "capture"]
     for each in made:
         assert errors_of(each.path) == []

@@ -22,7 +22,7 @@ from node.results.capture.drawing import PatientView
 from node.results.capture.pages import SIDE, key_planes, not_analysed_page, planes_of, slice_page, summary_page, tile
 from node.results.forms import Profile
 from node.results.making import Making, Naming
-from node.results.provenance import NOT_FOR_DIAGNOSIS, Analysis, describe
+from node.results.provenance import NOT_FOR_DIAGNOSIS, Analysis, describe, set_body_part
 from node.results.references import sources
 
 
@@ -62,8 +62,7 @@ def _capture(
     capture = Dataset()
     capture.ImageType = ["DERIVED", "SECONDARY"]
     capture.ConversionType = "WSD"
-    if analysis.subject.body_part:
-        capture.BodyPartExamined = analysis.subject.body_part
+    set_body_part(capture, analysis.subject)
     capture.PatientOrientation = None
     # No text on the pages says who the patient is (PS3.3 C.7.6.1.1).
     capture.BurnedInAnnotation = "NO"
