@@ -6,7 +6,6 @@ URL that carries a password is read from `LUNGNODE_BROKER`.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ from pydicom._dicom_dict import DicomDictionary
 from pydicom.datadict import tag_for_keyword
 from pydicom.multival import MultiValue
 
-from models.registry import BundleError, load_bundle
+from node import method_settings
+from node.method_settings import Found, Location, nearest
 from node.methods import registry
-from node.results.forms import CAPTURE_FORMS, Profile, SegForm, SrForm, kinds_of
+from node.results.forms import CAPTURE_FORMS, Profile, SegForm, SrForm
 
 #: Where settings are looked for when no file is named: the environment first, then the working folder.
 CONFIG_VARIABLE = "LUNGNODE_CONFIG"
@@ -268,7 +268,7 @@ def check(file: Path) -> tuple[Settings, list[str]]:
     settings = load(file)
     text = file.read_text(encoding="utf-8")
     lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader), ()))
-    _raise(file, lines, _model_checks(settings))
+    _raise(file, lines, method_settings.of_bundles(settings))
     return settings, settings.hints()
 
 
@@ -300,10 +300,7 @@ def schema() -> dict[str, Any]:
     }
 
 
-_Location = tuple[int | str, ...]
-
-
-def _raise(file: Path, lines: Mapping[_Location, int], found: Iterable[tuple[_Location, str, str]]) -> None:
+def _raise(file: Path, lines: Mapping[Location, int], found: Iterable[Found]) -> None:
     """Raise `ConfigError` where something was found."""
     problems = [Problem(file, _line(lines, location), _dotted(location), what, mend) for location, what, mend in found]
     if problems:
@@ -322,13 +319,13 @@ def _with_secrets(settings: Settings) -> Settings:
     return settings.model_copy(update={"broker": url}) if url else settings
 
 
-def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
+def _cross_checks(settings: Settings) -> Iterator[Found]:
     """What no single value shows: names that must exist elsewhere, secrets in the file."""
     if urlsplit(settings.broker).password:
         mend = "Take the URL out of the file and set it in the environment as LUNGNODE_BROKER."
         yield ("broker",), "holds a password", mend
-    yield from _takes_checks(settings)
-    yield from _models_named(settings)
+    yield from method_settings.of_peers(settings)
+    yield from method_settings.of_models(settings)
     seen: set[str] = set()
     for n, route in enumerate(settings.routes):
         if route.name in seen:
@@ -340,7 +337,7 @@ def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
         seen.add(route.name)
         for m, name in enumerate(() if route.from_ == "any" else route.from_):
             yield from _peer_check(settings, ("routes", n, "from", m), name, "send")
-        yield from _method_checks(settings, n, route)
+        yield from method_settings.of_route(settings, n, route)
         for name, kinds in route.to.items():
             yield from _peer_check(settings, ("routes", n, "to", name), name, "receive")
             takes = settings.peers[name].takes if name in settings.peers else None
@@ -349,7 +346,7 @@ def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
                 yield ("routes", n, "to", name), f"peer '{name}' takes none of these objects", mend
         for keyword in route.when:
             if tag_for_keyword(keyword) is None:
-                near = _nearest(keyword, (entry[4] for entry in DicomDictionary.values()))
+                near = nearest(keyword, (entry[4] for entry in DicomDictionary.values()))
                 yield (
                     ("routes", n, "when", keyword),
                     "is not a DICOM keyword",
@@ -357,92 +354,15 @@ def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
                 )
 
 
-def _method_checks(settings: Settings, n: int, route: Route) -> Iterator[tuple[_Location, str, str]]:
-    """A route's method is installed and makes what the route sends; imports no method but that one."""
-    method, problem = _method(route.analysis)
-    if method is None:
-        near = _nearest(route.analysis, registry.names())
-        mend = near or f"Install the package of the method, or name one of {', '.join(registry.names())}."
-        yield ("routes", n, "analysis"), problem, mend
-        return
-    makes = kinds_of(method.segmentations)
-    known = ", ".join(f"'{kind}'" for kind in makes)
-    for name, kinds in route.to.items():
-        for m, kind in enumerate(kinds):
-            if kind not in makes:
-                what = f"'{kind}' is no object of the method {route.analysis}, which makes {known}"
-                yield ("routes", n, "to", name, m), what, _nearest(kind, makes) or f"Name one of {', '.join(makes)}."
-
-
-def _takes_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
-    """What peers take is an object of some method: the default one, or one that a route names."""
-    names = {registry.DEFAULT, *(route.analysis for route in settings.routes)}
-    methods = [method for method in (_method(name)[0] for name in sorted(names)) if method is not None]
-    makes = sorted({kind for method in methods for kind in kinds_of(method.segmentations)})
-    for name, peer in settings.peers.items():
-        for n, kind in enumerate(peer.takes or ()):
-            if kind not in makes:
-                mend = _nearest(kind, makes) or f"Name one of {', '.join(makes)}."
-                yield ("peers", name, "takes", n), f"'{kind}' is no object of any method here", mend
-
-
-def _models_named(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
-    """Models are named for roles that their method has."""
-    for key, value in settings.models.items():
-        at: _Location = ("models",) if isinstance(value, str) else ("models", key)
-        method, problem = _method(registry.DEFAULT if isinstance(value, str) else key)
-        if method is None:
-            yield at, problem, _nearest(key, registry.names()) or f"Known here: {', '.join(registry.names())}."
-            continue
-        for role in (key,) if isinstance(value, str) else value:
-            if role not in method.roles:
-                mend = _nearest(role, method.roles) or f"Known here: {', '.join(method.roles)}."
-                yield (*at, role), f"the method {method.name} needs no model '{role}'", mend
-
-
-def _model_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
-    """Models that the settings name, and the default ones of the routes' methods, are there and have their roles."""
-    names = sorted({*(route.analysis for route in settings.routes), *_methods_with_models(settings)})
-    for method in (registry.find(name) for name in names):
-        named = settings.models_for(method.name)
-        flat = isinstance(settings.models.get(next(iter(named), "")), str)
-        for role, wanted in method.roles.items():
-            location: _Location = ("models", role) if flat else ("models", method.name, role)
-            try:
-                wanted.require(load_bundle(named.get(role, wanted.default), settings.installed_models))
-            except BundleError as error:
-                mend = f"Name a model of {wanted.finds}; `lungnode models list` shows what each is for."
-                yield location, str(error), mend
-
-
-def _methods_with_models(settings: Settings) -> set[str]:
-    return {registry.DEFAULT if isinstance(value, str) else key for key, value in settings.models.items()}
-
-
-def _method(name: str) -> tuple[registry.Method | None, str]:
-    """A method, or None and why there is none."""
-    try:
-        return registry.find(name), ""
-    except registry.MethodError as error:
-        return None, str(error)
-
-
-def _peer_check(
-    settings: Settings, location: _Location, name: str, what: Literal["send", "receive"]
-) -> Iterator[tuple[_Location, str, str]]:
+def _peer_check(settings: Settings, location: Location, name: str, what: Literal["send", "receive"]) -> Iterator[Found]:
     if name not in settings.peers:
-        near = _nearest(name, settings.peers)
+        near = nearest(name, settings.peers)
         yield location, f"no peer is named '{name}'", near or f"Add '{name}' under peers."
     elif what not in settings.peers[name].may:
         yield location, f"peer '{name}' may not {what}", f"Add '{what}' to peers.{name}.may."
 
 
-def _nearest(word: str, words: Any) -> str:
-    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"Did you mean '{near[0]}'?" if near else ""
-
-
-def _lines(node: yaml.Node | None, at: _Location) -> Iterator[tuple[_Location, int]]:
+def _lines(node: yaml.Node | None, at: Location) -> Iterator[tuple[Location, int]]:
     if node is None:
         return
     yield at, node.start_mark.line + 1
@@ -456,25 +376,25 @@ def _lines(node: yaml.Node | None, at: _Location) -> Iterator[tuple[_Location, i
             yield from _lines(value, (*at, n))
 
 
-def _line(lines: Mapping[_Location, int], location: _Location) -> int:
+def _line(lines: Mapping[Location, int], location: Location) -> int:
     """Line of the location, or of the nearest part of it that is in the file."""
     while location and location not in lines:
         location = location[:-1]
     return lines.get(location, 1)
 
 
-def _dotted(location: _Location) -> str:
+def _dotted(location: Location) -> str:
     return ".".join(map(str, location)) or "file"
 
 
-def _problem(file: Path, lines: Mapping[_Location, int], error: dict[str, Any]) -> Problem:
-    raw: _Location = tuple(error["loc"])
+def _problem(file: Path, lines: Mapping[Location, int], error: dict[str, Any]) -> Problem:
+    raw: Location = tuple(error["loc"])
     location = tuple(part for n, part in enumerate(raw) if n == 0 or _in_file(lines, raw, n))
     field = _field(location)
     kind, key = error["type"], _dotted(location)
     if kind == "extra_forbidden":
         names = _section_keys(location[:-1])
-        near = _nearest(str(location[-1]), names)
+        near = nearest(str(location[-1]), names)
         return Problem(file, _line(lines, location), key, "unknown key", near or f"Known here: {', '.join(names)}.")
     meaning = f"Expected {field['description']}" if field.get("description") else "See config/node.yaml"
     example = f", for instance {field['examples'][0]!r}." if field.get("examples") else "."
@@ -484,14 +404,14 @@ def _problem(file: Path, lines: Mapping[_Location, int], error: dict[str, Any]) 
     return Problem(file, _line(lines, location), key, what[:1].lower() + what[1:], meaning + example)
 
 
-def _in_file(lines: Mapping[_Location, int], raw: _Location, n: int) -> bool:
+def _in_file(lines: Mapping[Location, int], raw: Location, n: int) -> bool:
     """Pydantic adds names of union members to a location; only the last part may be absent from the file."""
     return raw[: n + 1] in lines or (
         n == len(raw) - 1 and not str(raw[n]).startswith(("tuple[", "literal[", "str", "dict["))
     )
 
 
-def _section(location: _Location) -> dict[str, Any]:
+def _section(location: Location) -> dict[str, Any]:
     """JSON schema of the section at `location`."""
     whole = Settings.model_json_schema(by_alias=True)
     here: Any = whole
@@ -510,11 +430,11 @@ def _section(location: _Location) -> dict[str, Any]:
     return dict(here)
 
 
-def _section_keys(location: _Location) -> list[str]:
+def _section_keys(location: Location) -> list[str]:
     return sorted(_section(location).get("properties", {}))
 
 
-def _field(location: _Location) -> dict[str, Any]:
+def _field(location: Location) -> dict[str, Any]:
     """Schema of the value at `location`, or of the nearest enclosing one that is described."""
     for end in range(len(location), 0, -1):
         found = _section(location[:end])

@@ -25,17 +25,20 @@ from rich.progress import Progress
 from synthetic_chest import MOMENT, Shape, make_chest
 
 from models.phantom.phantom import phantom
-from models.registry import ModelIdentity
+from models.registry import BUNDLES, ModelIdentity
+from models.runtime import CardMemoryError
 from node import tasks
-from node.cli.folder import analyse_folder, closed_folder
+from node.cli.folder import NothingToAnalyse, analyse_folder, closed_folder
 from node.cli.render import all_series
 from node.config import Settings
 from node.images.phantom_series import write_series
+from node.images.volume import VolumeError
 from node.installation import Node
 from node.intake import closing
 from node.intake.assembly import ClosedSeries
 from node.intake.verdict import Verdict
 from node.methods import registry
+from node.methods.pneumonia import method
 from node.methods.pneumonia.outcome import outcome_of
 from node.results import makers
 
@@ -155,6 +158,31 @@ def test_worker_and_command_line_make_the_same_bytes(here: Node, ct: Path, tmp_p
         assert (tmp_path / "out" / name).read_bytes() == content, name
     same = ("lungs", "lesions", "scan", "models", "notes", "page", "method")
     assert {key: done.summary[key] for key in same} == {key: (analysis.summary or {})[key] for key in same}
+
+
+def test_the_command_line_takes_the_models_of_the_settings_and_falls_back_to_the_cpu(
+    ct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.model_validate({"data": tmp_path / "var", "models": {"pneumonia": {"lungs": "ours"}}})
+    bundle = Path(shutil.copytree(BUNDLES / "lungs", settings.installed_models / "ours"))
+    file = bundle / "configs" / "metadata.json"
+    file.write_text(file.read_text().replace('"name": "lungs"', '"name": "ours"'))
+    asked = []
+
+    def networks(device: str | None, lungs: Path, infection: Path) -> Any:
+        asked.append((device, lungs.name, infection.name))
+
+        def segment(*_: Any) -> Any:
+            raise VolumeError("read on the CPU") if device == "cpu" else CardMemoryError("cuda has too little memory")
+
+        return segment
+
+    monkeypatch.setattr(method, "segmenter", networks)
+    page = Console(file=io.StringIO(), record=True, width=200)
+    with pytest.raises(NothingToAnalyse, match="not analysed: read on the CPU"):
+        analyse_folder(ct, tmp_path / "out", settings, Progress(console=page))
+    assert asked == [(None, "ours", "infection"), ("cpu", "ours", "infection")]
+    assert "goes on on the CPU: cuda has too little memory" in page.export_text()
 
 
 def test_each_group_names_the_model_that_made_it(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import MultiFrameTrueColorSecondaryCaptureImageStorage
 from synthetic_chest import MODELS, MOMENT, Chest, Shape, make_chest
 
-from node import tasks
+from node import recording
 from node.cli.render import all_series, deliveries, state
 from node.config import Peer, Settings
 from node.installation import Node
@@ -229,7 +229,7 @@ def owe(here: Node, chest: Chest, names: tuple[str, ...]) -> None:
     folder = here.results / "1"
     folder.mkdir()
     made = makers.build(
-        chest.volume, chest.outcome, None, folder, tasks._with_fallback(profiles), content_datetime=MOMENT
+        chest.volume, chest.outcome, None, folder, recording.with_fallback(profiles), content_datetime=MOMENT
     )
     with here.ledger() as session:
         series = here.ledger.add_series(
@@ -237,7 +237,7 @@ def owe(here: Node, chest: Chest, names: tuple[str, ...]) -> None:
         )
         assert series is not None
         row = Row(route="r", destinations={"pacs": list(names)}, state="done", urgent=False)
-        row.objects = [tasks._as_row(here, one, profiles) for one in made]
+        row.objects = [recording.as_row(here, one, profiles) for one in made]
         series.analyses.append(row)
 
 
