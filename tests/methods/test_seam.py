@@ -25,7 +25,7 @@ from rich.progress import Progress
 from synthetic_chest import MOMENT, Shape, make_chest
 
 from models.phantom.phantom import phantom
-from models.registry import BUNDLES, ModelIdentity
+from models.registry import BUNDLES, ModelIdentity, load_bundle
 from models.runtime import CardMemoryError
 from node import tasks
 from node.cli.folder import NothingToAnalyse, analyse_folder, closed_folder
@@ -38,7 +38,7 @@ from node.intake import closing
 from node.intake.assembly import ClosedSeries
 from node.intake.verdict import Verdict
 from node.methods import registry
-from node.methods.pneumonia import method
+from node.methods.pneumonia import method, pipeline
 from node.methods.pneumonia.outcome import outcome_of
 from node.results import makers
 
@@ -183,6 +183,24 @@ def test_the_command_line_takes_the_models_of_the_settings_and_falls_back_to_the
         analyse_folder(ct, tmp_path / "out", settings, Progress(console=page))
     assert asked == [(None, "ours", "infection"), ("cpu", "ours", "infection")]
     assert "goes on on the CPU: cuda has too little memory" in page.export_text()
+
+
+@pytest.mark.parametrize("smallest", [20.0, 250.0])
+def test_the_smallest_lesion_is_what_the_model_s_metadata_say(monkeypatch: pytest.MonkeyPatch, smallest: float) -> None:
+    seen = []
+
+    def analysed(*_: Any, minimum_lesion_mm3: float) -> Any:
+        seen.append(minimum_lesion_mm3)
+        raise VolumeError("seen")
+
+    models = {role: load_bundle(role) for role in ("lungs", "infection")}
+    metadata = models["infection"].metadata | {"minimum_lesion_mm3": smallest}
+    models["infection"] = dataclasses.replace(models["infection"], metadata=metadata)
+    monkeypatch.setattr(method, "segmenter", lambda *_: None)
+    monkeypatch.setattr(pipeline, "analyse", analysed)
+    with pytest.raises(VolumeError, match="seen"):
+        method.METHOD.run([], models, "cpu", lambda *_: None)
+    assert seen == [smallest]
 
 
 def test_each_group_names_the_model_that_made_it(tmp_path: Path) -> None:

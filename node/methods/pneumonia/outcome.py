@@ -161,7 +161,7 @@ def _segmentation(findings: Findings, kind: str) -> Segmentation:
                 type=PNEUMONIA if infected else lung,
                 regions=(lung,) if infected else (),
                 colour=COLOURS[name],
-                model=findings.models[-1] if infected else findings.models[0],
+                model=findings.infection_model if infected else findings.lung_model,
             )
         )
         sides.append(side)
@@ -210,7 +210,7 @@ def _groups(findings: Findings, infection: Segmentation, lungs: Segmentation) ->
                 Measurement(MEAN_ATTENUATION, both.infected_mean_hu, HU, 1),
                 *scan[0],
             ),
-            model=findings.models[-1],
+            model=findings.infection_model,
             evaluations=scan[1],
         )
     for lesion in findings.lesion_list[:LARGEST_LESIONS]:
@@ -252,7 +252,7 @@ def _lung_group(
             Measurement(MEAN_ATTENUATION, region.mean_hu, HU, 1),
             *scan,
         ),
-        model=findings.models[0],
+        model=findings.lung_model,
         evaluations=evaluations,
     )
 
@@ -275,7 +275,7 @@ def _lesion_group(findings: Findings, lesion: Lesion, infection: Segmentation) -
             Measurement(private("107"), 100 * lesion.volume_ml / lung if lung else float("nan"), PERCENT, 2),
             Measurement(MEAN_ATTENUATION, lesion.mean_hu, HU, 1),
         ),
-        model=findings.models[-1],
+        model=findings.infection_model,
     )
 
 
