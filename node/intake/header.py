@@ -53,9 +53,15 @@ MOST_ELEMENTS = 1 << 22
 FEW_ELEMENTS = 1 << 17
 BYTES_AN_ELEMENT = 8
 
-#: Bytes as sent that each frame takes at least, its pixels and functional groups together. A header that counts more
-#: frames than there is room for is a bomb, and the places of its frames are not kept.
-BYTES_A_FRAME = 64
+#: Bytes as sent that each frame takes at least beyond the first few, its pixels and functional groups together, and the
+#: most frames of one image. A header that counts more than that, or than there is room for, is a bomb, and the places
+#: of its frames are not kept: they take 140 bytes each while the series is open, and are compared under a lock.
+BYTES_A_FRAME = 512
+FEW_FRAMES = 16
+MOST_FRAMES = 1 << 15
+
+#: Values of Image Type that are kept; scanners write up to ten.
+_MOST_TYPES = 16
 
 #: Values of undefined length in one another; nothing that is real comes near, and each takes memory to get out of.
 DEEPEST_SKIPPED = 1 << 18
@@ -257,7 +263,7 @@ def _header(walk: Walk, found: _Found) -> InstanceHeader:
         sop_class_uid=walk.text(found, 0x00080016),
         sop_instance_uid=walk.text(found, 0x00080018),
         modality=walk.text(found, 0x00080060, LENGTH["CS"]),
-        image_type=tuple(part.strip() for part in walk.text(found, 0x00080008).split("\\") if part.strip()),
+        image_type=_values(walk.text(found, 0x00080008))[:_MOST_TYPES],
         body_part=walk.text(found, 0x00180015, _PART_LENGTH),
         instance_number=_integer(walk.text(found, 0x00200013)),
         acquisition_number=_integer(walk.text(found, 0x00200012)),
@@ -343,7 +349,7 @@ class Walk:
 
     def has_room_for(self, frames: int) -> bool:
         """Whether so many frames can be in what was sent."""
-        return frames * BYTES_A_FRAME <= self._sent
+        return frames <= min(MOST_FRAMES, FEW_FRAMES + self._sent // BYTES_A_FRAME)
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes of the data set."""
@@ -536,6 +542,11 @@ def _numbers(text: str, count: int) -> tuple[float, ...] | None:
     except ValueError:
         return None
     return values if len(values) == count and all(map(math.isfinite, values)) else None
+
+
+def _values(text: str) -> tuple[str, ...]:
+    """The values of a text, without the empty ones."""
+    return tuple(part.strip() for part in text.split("\\") if part.strip())
 
 
 def _number(text: str) -> float | None:

@@ -34,6 +34,9 @@ QUERY_MODEL = StudyRootQueryRetrieveInformationModelFind
 #: Takes the count, or None when there is none to be had.
 Tell = Callable[[int | None], None]
 
+#: Answers that are waited for: one series has one match, and a peer could send them without end.
+_MOST_ANSWERS = 100
+
 #: C-FIND statuses: a match follows (PS3.4 C.4.1.1.4).
 _PENDING = (0xFF00, 0xFF01)
 
@@ -102,7 +105,10 @@ def count_instances(peer: Peer, ae_title: str, study_uid: str, series_uid: str) 
         query.QueryRetrieveLevel = "SERIES"
         query.StudyInstanceUID, query.SeriesInstanceUID = study_uid, series_uid
         query.NumberOfSeriesRelatedInstances = ""
-        for status, found in association.send_c_find(query, QUERY_MODEL):
+        for n, (status, found) in enumerate(association.send_c_find(query, QUERY_MODEL)):
+            if n >= _MOST_ANSWERS:
+                association.abort()
+                break
             if status.get("Status") in _PENDING and found is not None and found.get("SeriesInstanceUID") == series_uid:
                 count = int(found.get("NumberOfSeriesRelatedInstances") or 0)
                 count = count if 0 < count < 1 << 31 else None  # an IS has 32 bits (PS3.5 table 6.2-1)
