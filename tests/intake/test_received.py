@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from made_instances import dataset, encoded, save
-from node.cli.folder import closed_folder
 from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.sequence import Sequence
@@ -23,6 +22,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
+from node.cli.folder import closed_folder
 from node.images import volume as volume_module
 from node.images.frames import decode_frames, read_frames
 from node.images.headers import first_header
