@@ -1,7 +1,7 @@
 """Where the stages meet: the Celery app and its tasks.
 
-A task carries the id of a row in the ledger and is only a bell: it claims the row by a lease, does one stage's work,
-and writes the outcome in one transaction. A bell that is lost is rung again by the sweep.
+A task only notifies a worker of a row in the ledger: the worker claims the row by a lease, does one stage's work, and
+records the outcome in one transaction. A notification that is lost is sent again by the sweep.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ from node.delivery import superseding
 from node.delivery.outbox import Outbox
 from node.files import retention
 from node.images.volume import Volume, VolumeError
-from node.ledger.store import Analysis, Delivery, Lease, Ledger, Object, Series, State
+from node.ledger.events import EventKind
+from node.ledger.leases import Lease, Timeouts
+from node.ledger.ledger import Ledger
+from node.ledger.record import now, record_event
+from node.ledger.tables import AnalysisJob, Delivery, Object, Series
+from node.ledger.transitions import State
 from node.methods.pneumonia import pipeline
 from node.methods.pneumonia.findings import Findings
 from node.methods.pneumonia.serialise import summary
@@ -58,7 +63,7 @@ LEDGER = "ledger.sqlite"
 #: a minute or two.
 ANALYSIS_LIMIT_S = 3600
 
-#: Seconds between two looks at what the ledger still owes.
+#: Seconds between two looks at what is due by the ledger.
 SWEEP_S = 2.0
 
 #: Sweeps between two looks at how full the disk is, and between two clearings of what is old.
@@ -69,7 +74,7 @@ RETENTION_SWEEPS = 1800
 #: networks anew takes a few seconds.
 ANALYSES_A_PROCESS = 100
 
-#: Bells in a queue above which the sweep adds none: they would only pile up.
+#: Tasks in a queue above which the sweep adds none: they would only pile up.
 FULL_QUEUE = 100
 
 app = Celery("lungnode")
@@ -97,12 +102,12 @@ class Node:
     ledger: Ledger
 
     @classmethod
-    def open(cls, settings: Settings) -> Node:
+    def open(cls, settings: Settings, clock: Callable[[], float] = time.time, timeouts: Timeouts | None = None) -> Node:
         """Make the folders and the ledger's tables where they are missing."""
         for folder in ("spool", "results"):
             (settings.data / folder).mkdir(parents=True, exist_ok=True)
         permissions.close(settings.data)
-        ledger = Ledger(f"sqlite:///{settings.data / LEDGER}")
+        ledger = Ledger(f"sqlite:///{settings.data / LEDGER}", clock, timeouts)
         ledger.migrate()
         return cls(settings, ledger)
 
@@ -139,14 +144,14 @@ def segmenter(
 #: Set when this process is to end.
 _stopping = threading.Event()
 
-#: What a bell is rung for: an analysis by its row, a delivery by the peer to whom something is owed.
-Bell = Literal["analyse", "deliver"]
+#: Names of the tasks: `analyse` carries the row of an analysis, `deliver` the peer for whom something is due.
+Task = Literal["analyse", "deliver"]
 
 
-def _task(name: Bell, **options: Any) -> Callable[[Callable[[Any], None]], Any]:
+def _task(name: Task, **options: Any) -> Callable[[Callable[[Any], None]], Any]:
     """A Celery task that never raises: Celery would log the exception's text, which may hold patient data.
 
-    What went wrong stands in the ledger by then, which owes the work again.
+    The ledger has recorded the error by then, and that the work is due again.
     """
 
     def register(function: Callable[[Any], None]) -> Any:
@@ -164,38 +169,38 @@ def _task(name: Bell, **options: Any) -> Callable[[Callable[[Any], None]], Any]:
 
 @_task("analyse", time_limit=ANALYSIS_LIMIT_S)
 def analyse(row: int) -> None:
-    """Analyse a series, or one that is more urgent, make its objects, and owe them to the peers of its route."""
+    """Analyse a series, or one that is more urgent, make its objects, and record which peers get them."""
     here = node()
     row = here.ledger.next_analysis(row)
-    with here.ledger.lease("analyse", row) as lease:
+    with here.ledger.lease(AnalysisJob, row) as lease:
         if lease is None or _gave_way(here, lease):
             return
         work = _begin(here, row)
         made = _make(here, work)
-        bells = _recorded(here, lease, work, made)
+        peers = _recorded(here, lease, work, made)
         log.info("analysed", series=work.series_uid, outcome=made.reason)
-    ring("deliver", bells)
+    dispatch("deliver", peers)
 
 
 @_task("deliver")
 def deliver(peer: str) -> None:
-    """Send what is owed to a peer."""
+    """Send what is due for a peer."""
     here = node()
     me = here.settings.listener.ae_title
     Outbox(here.ledger, here.results, peer, here.settings.peers.get(peer), me, _stopping).work_off()
 
 
-def ring(bell: Bell, what: Iterable[int | str]) -> None:
-    """Tell the workers of work; without a broker it is left to the sweep."""
+def dispatch(task: Task, what: Iterable[int | str]) -> None:
+    """Notify the workers of work; without a broker it is left to the sweep."""
     try:
         for one in what:
-            app.send_task(bell, (one,))
+            app.send_task(task, (one,))
     except OperationalError:
-        log.warning("the broker does not answer; the sweep will ring again")
+        log.warning("the broker does not answer; the sweep will dispatch again")
 
 
 def sweep(here: Node) -> None:
-    """Ring again for what the ledger owes and nobody works on; harmless in any number of processes."""
+    """Dispatch again what is due and nobody works on; harmless in any number of processes."""
     try:
         with app.connection_for_write(connect_timeout=2) as connection:
             analyses, deliveries = (_length(connection, queue) for queue in ("analyse", "deliver"))
@@ -203,9 +208,9 @@ def sweep(here: Node) -> None:
         log.warning("the broker does not answer; nothing is lost, work goes on when it is back")
         return
     if analyses < FULL_QUEUE:
-        ring("analyse", here.ledger.analyses_owed())
+        dispatch("analyse", here.ledger.analyses_due())
     if deliveries < FULL_QUEUE:
-        ring("deliver", here.ledger.peers_owed())
+        dispatch("deliver", here.ledger.peers_due())
 
 
 class Sweeper(threading.Thread):
@@ -217,7 +222,7 @@ class Sweeper(threading.Thread):
         self._stop_asked = threading.Event()
 
     def run(self) -> None:
-        """Sweep; an error is told and the next sweep goes on."""
+        """Sweep; an error is logged and the next sweep goes on."""
         for n in itertools.count():
             if self._stop_asked.wait(SWEEP_S):
                 return
@@ -248,9 +253,10 @@ class _Work:
     folder: Path
     #: What each peer gets, and in which form, by the peer's name.
     profiles: dict[str, Profile]
-    tell: bool
+    report: bool
     not_analysed: str | None
-    gave_up: str | None
+    #: Why the analysis failed, where that is to be reported now.
+    failure: str | None
     content_at: datetime
 
 
@@ -267,24 +273,24 @@ class _Made:
 def _gave_way(here: Node, lease: Lease) -> bool:
     """End an analysis in whose place a later generation's stands: one that was under way when that came, and failed."""
     with here.ledger.read() as session:
-        reason = superseding.overtaken(session, session.get_one(Analysis, lease.row))
+        reason = superseding.overtaken(session, session.get_one(AnalysisJob, lease.row))
     if reason is None:
         return False
-    with lease.finish("superseded", reason) as session:
-        here.ledger.tell_of(session, session.get_one(Analysis, lease.row), reason)
+    with lease.finish(State.SUPERSEDED, reason) as session:
+        record_event(session, session.get_one(AnalysisJob, lease.row), EventKind.ANALYSIS_SUPERSEDED, reason=reason)
     return True
 
 
 def _begin(here: Node, row: int) -> _Work:
     with here.ledger() as session:
-        analysis = session.get_one(Analysis, row)
+        analysis = session.get_one(AnalysisJob, row)
         series: Series = analysis.series
         now = datetime.now(UTC).astimezone()
         if analysis.content_at is None:
             analysis.content_at = now.timestamp()
-        again = f", attempt {analysis.attempts}" if analysis.attempts > 1 else ""
-        what = "started" if analysis.gave_up is None else "making the objects that tell the study of it"
-        here.ledger.tell_of(session, analysis, f"{what}{again}")
+        reporting = analysis.state is State.REPORTING
+        kind = EventKind.REPORT_STARTED if reporting else EventKind.ANALYSIS_STARTED
+        record_event(session, analysis, kind, attempt=analysis.attempts)
         return _Work(
             row,
             series.series_instance_uid,
@@ -293,22 +299,22 @@ def _begin(here: Node, row: int) -> _Work:
             analysis.note,
             within(here.results, valid_uid(series.series_instance_uid), f"{series.generation}-{analysis.id}"),
             {peer: here.settings.profile(peer, kinds) for peer, kinds in analysis.destinations.items()},
-            analysis.tell,
+            analysis.report,
             analysis.not_analysed,
-            analysis.gave_up,
+            analysis.gave_up if reporting else None,
             datetime.fromtimestamp(analysis.content_at, now.tzinfo),
         )
 
 
 def _recorded(here: Node, lease: Lease, work: _Work, made: _Made) -> set[str]:
-    """Record what an analysis came to, in one transaction; gives the peers to whom something is owed."""
+    """Record what an analysis came to, in one transaction; gives the peers that get something."""
     notes: dict[_Outdated, makers.ResultObject] = {}
     while True:
         try:
             with lease.finish(made.state, made.reason) as session:
-                analysis = session.get_one(Analysis, work.row)
+                analysis = session.get_one(AnalysisJob, work.row)
                 _add_objects(here, session, analysis, work, made)
-                superseding.supersede(here.ledger, session, analysis)
+                superseding.supersede(session, analysis)
                 session.flush()
                 analysis.objects += _rejection_notes(here, session, analysis, notes)
                 return {delivery.peer for one in analysis.objects for delivery in one.deliveries}
@@ -317,24 +323,24 @@ def _recorded(here: Node, lease: Lease, work: _Work, made: _Made) -> set[str]:
             notes[lacking.outdated] = _write_note(work, lacking.outdated)
 
 
-def _add_objects(here: Node, session: Session, analysis: Analysis, work: _Work, made: _Made) -> None:
+def _add_objects(here: Node, session: Session, analysis: AnalysisJob, work: _Work, made: _Made) -> None:
     analysis.summary = made.summary
     known = {one.sop_instance_uid for one in analysis.objects}  # from before a retry by hand
     new = [one for one in made.objects if one.sop_instance_uid not in known]
-    analysis.objects += [_as_row(here, one, work.profiles) for one in new]
-    here.ledger.tell_of(session, analysis, made.reason)
+    analysis.objects += [_as_row(here, session, one, work.profiles) for one in new]
+    record_event(session, analysis, EventKind.ANALYSIS_ENDED, outcome=made.reason)
     for one in new:
         if one.problems:
-            here.ledger.tell(session, analysis.series_id, "check", analysis.about(f"{one.kind} {_stopped(one)}"))
+            record_event(session, analysis, EventKind.OBJECT_STOPPED, object=one.kind, reason=_stopped(one))
     session.flush()
 
 
 def _make(here: Node, work: _Work) -> _Made:
     """Analyse and build; a series that cannot be analysed gets the objects that say so."""
     work.folder.mkdir(parents=True, exist_ok=True)
-    if work.gave_up is not None:
+    if work.failure is not None:
         told = _not_analysed(work, "the analysis failed; the administrator of lungnode can see why")
-        return _Made("failed", f"failed: {work.gave_up}", told.objects)
+        return _Made(State.FAILED, f"failed: {work.failure}", told.objects)
     if work.not_analysed is not None:
         return _not_analysed(work, work.not_analysed)
     try:
@@ -355,7 +361,7 @@ def _make(here: Node, work: _Work) -> _Made:
         earlier=before,
         part=work.part,
     )
-    return _Made("done", outcome(findings), made, summary(findings, volume))
+    return _Made(State.DONE, outcome(findings), made, summary(findings, volume))
 
 
 def _segmented(here: Node, work: _Work) -> tuple[Volume, Findings]:
@@ -367,30 +373,32 @@ def _segmented(here: Node, work: _Work) -> tuple[Volume, Findings]:
     except CardMemoryError as error:
         log.warning("analysed on the CPU", series=work.series_uid, because=str(error))
         with here.ledger() as session:
-            here.ledger.tell_of(session, session.get_one(Analysis, work.row), f"goes on on the CPU: {error}")
+            analysis = session.get_one(AnalysisJob, work.row)
+            record_event(session, analysis, EventKind.CONTINUED_ON_CPU, reason=str(error))
         return pipeline.analyse(work.paths, segmenter("cpu", *models), told)
 
 
 def _told(here: Node, work: _Work) -> Callable[[str, float], None]:
-    """A progress callback that writes an event line whenever a new stage begins."""
+    """A progress callback that records an event whenever a new stage begins."""
     told: set[str] = set()
 
     def progress(stage: str, _done: float) -> None:
         if stage not in told:
             told.add(stage)
             with here.ledger() as session:
-                here.ledger.tell_of(session, session.get_one(Analysis, work.row), stage)
+                analysis = session.get_one(AnalysisJob, work.row)
+                record_event(session, analysis, EventKind.ANALYSIS_STAGE, stage=stage)
 
     return progress
 
 
 def _not_analysed(work: _Work, reason: str) -> _Made:
-    if not work.tell:
-        return _Made("refused", f"not analysed: {reason}", [])
+    if not work.report:
+        return _Made(State.REFUSED, f"not analysed: {reason}", [])
     headers = _headers(work.paths)
     profiles = _with_fallback(work.profiles)
     made = makers.not_analysed(headers, reason, work.folder, profiles, content_datetime=work.content_at, part=work.part)
-    return _Made("refused", f"not analysed: {reason}", made)
+    return _Made(State.REFUSED, f"not analysed: {reason}", made)
 
 
 def first_header(paths: Sequence[Path]) -> Dataset:
@@ -445,14 +453,16 @@ def _with_fallback(profiles: dict[str, Profile]) -> list[Profile]:
     return [*profiles.values(), *(replace(one, kinds=(FALLBACK,)) for one in profiles.values())]
 
 
-def _as_row(here: Node, made: makers.ResultObject, profiles: dict[str, Profile]) -> Object:
-    """The object, and what is owed of it; one that did not pass its check is refused before it is sent."""
+def _as_row(here: Node, session: Session, made: makers.ResultObject, profiles: dict[str, Profile]) -> Object:
+    """The object, and its deliveries; one that did not pass its check is refused before it is sent."""
     peers = [peer for peer, profile in profiles.items() if profile in made.profiles]
     ended: dict[str, Any] = {}
     if made.problems:
-        ended = {"state": "refused", "reason": _stopped(made), "finished_at": time.time()}
+        ended = {"state": State.REFUSED, "reason": _stopped(made), "finished_at": now(session)}
     return Object(
         kind=made.kind,
+        form=made.form,
+        stopped=_stopped(made) if made.problems else None,
         sop_class_uid=made.sop_class_uid,
         sop_instance_uid=made.sop_instance_uid,
         series_instance_uid=made.series_instance_uid,
@@ -478,7 +488,7 @@ class _NoteLackingError(Exception):
 
 
 def _rejection_notes(
-    here: Node, session: Session, analysis: Analysis, notes: dict[_Outdated, makers.ResultObject]
+    here: Node, session: Session, analysis: AnalysisJob, notes: dict[_Outdated, makers.ResultObject]
 ) -> list[Object]:
     """Notes that name what the objects of this analysis outdate, for the peers that act on them.
 
@@ -499,7 +509,7 @@ def _rejection_notes(
             raise _NoteLackingError(outdated)
         row = there.get(notes[outdated].sop_instance_uid)
         if row is None:
-            row = _as_row(here, notes[outdated], {})
+            row = _as_row(here, session, notes[outdated], {})
             rows.append(row)
         told = {delivery.peer for delivery in row.deliveries}
         row.deliveries += [Delivery(peer=name) for name in peers if name not in told]
@@ -513,7 +523,7 @@ def _write_note(work: _Work, outdated: _Outdated) -> makers.ResultObject:
 
 
 def _length(connection: Any, queue: str) -> int:
-    """Bells waiting in a queue; 0 for a queue that does not exist yet."""
+    """Tasks waiting in a queue; 0 for a queue that does not exist yet."""
     return int(connection.default_channel.client.llen(queue))
 
 

@@ -1,4 +1,4 @@
-"""Where intake meets the ledger: the listener of an installation, and what is owed for a series that it closed."""
+"""Where intake meets the ledger: the listener of an installation, and the work that a closed series makes due."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from node.intake.assembly import Assembly, AssociationId, ClosedSeries
 from node.intake.listener import Listener, ListenerOptions
 from node.intake.series_count import Counter
 from node.intake.spool import Spool
-from node.ledger.store import Analysis, Series
+from node.ledger.events import EventKind
+from node.ledger.record import record_event
+from node.ledger.tables import AnalysisJob, Series
 from node.methods.pneumonia.triage import Verdict, triage
-from node.tasks import Node, first_header, ring
+from node.tasks import Node, dispatch, first_header
 from node.telemetry import logs
 
 log = structlog.get_logger(__name__)
@@ -75,7 +77,7 @@ def intake(here: Node) -> Listener:
 
 
 def series_closed(here: Node, closed: ClosedSeries) -> None:
-    """Triage a series that intake closed, and write down what is owed for it.
+    """Triage a series that intake closed, and record the work that is due for it.
 
     Raises
     ------
@@ -121,16 +123,16 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
         if series is None:
             log.info("received again, unchanged", series=closed.series_instance_uid)
             return
-        here.ledger.tell(session, series.id, "received", f"{len(closed.paths)} instances: {closed_because}")
-        here.ledger.tell(session, series.id, "triage", decision)
+        record_event(session, series.id, EventKind.RECEIVED, instances=len(closed.paths), reason=closed_because)
+        record_event(session, series.id, EventKind.TRIAGED, decision=decision)
         for verdict in verdicts:
             if route is not None and (verdict.analyse or (verdict.tell and route.tell_not_analysed)):
                 series.analyses.append(
-                    Analysis(
+                    AnalysisJob(
                         route=route.name,
                         urgent=urgent,
                         destinations={peer: list(kinds) for peer, kinds in route.to.items()},
-                        tell=route.tell_not_analysed,
+                        report=route.tell_not_analysed,
                         not_analysed=None if verdict.analyse else verdict.reason.removeprefix("not analysed: "),
                         instances=[str(closed.paths[n].relative_to(here.spool)) for n in verdict.part] or None,
                         acquisition=verdict.acquisition,
@@ -138,10 +140,10 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
                     )
                 )
         session.flush()
-        superseding.drop_waiting(here.ledger, session, series)
-        bells = [analysis.id for analysis in series.analyses]
+        superseding.drop_waiting(session, series)
+        due = [analysis.id for analysis in series.analyses]
     log.info("triaged", series=closed.series_instance_uid, decision=decision)
-    ring("analyse", bells)
+    dispatch("analyse", due)
 
 
 def _urgent(header: Dataset) -> bool:

@@ -13,7 +13,7 @@ KINDS: tuple[Kind, ...] = ("infection-seg", "lung-seg", "sr", "capture", "pdf")
 #: The kind that always shows, whatever a viewer knows: what a peer gets in place of those that it refuses.
 FALLBACK: Kind = "capture"
 
-#: End of the name of a file that did not pass its check, and is never sent.
+#: End of the name of a file that did not pass its check, for who looks at the folder; the ledger records why.
 STOPPED = ".stopped.dcm"
 
 #: Those that are segmentations.

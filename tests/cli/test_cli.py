@@ -15,9 +15,13 @@ from typer.testing import CliRunner
 
 from node import __version__
 from node.cli.main import app
-from node.cli.render import all_series, as_json, state, table, timeline, to_do
+from node.cli.render import table, timeline
 from node.config import load
-from node.ledger.store import Analysis, Delivery, Ledger, Object, Series
+from node.ledger.events import EventKind
+from node.ledger.ledger import Ledger
+from node.ledger.record import record_event
+from node.ledger.tables import AnalysisJob, Delivery, Object, Series
+from node.ledger.views import all_series, as_json, view
 from node.tasks import Node
 
 RUNNER = CliRunner()
@@ -72,18 +76,18 @@ def test_folder_without_ct_says_so(tmp_path: Path) -> None:
     assert "no DICOM series in" in lines("analyse", str(tmp_path), "--out", str(tmp_path / "out"), exit_code=1)
 
 
-@pytest.mark.parametrize("stored_at", [None, 1.0])
-def test_what_a_peer_took_and_did_not_confirm_is_not_said_to_be_missing_there(stored_at: float | None) -> None:
-    made = Object(kind="sr", deliveries=[Delivery(peer="pacs", state="failed", stored_at=stored_at, reason="mute")])
-    (line,) = to_do(Series(id=7, complete=True, analyses=[Analysis(state="done", objects=[made])]))
-    assert line.startswith("pacs took sr and did not confirm" if stored_at else "pacs does not have sr")
+@pytest.mark.parametrize("state", ["failed", "unconfirmed"])
+def test_what_a_peer_took_and_did_not_confirm_is_not_said_to_be_missing_there(state: str) -> None:
+    made = Object(kind="sr", deliveries=[Delivery(peer="pacs", state=state, reason="mute")])
+    (line,) = view(Series(id=7, complete=True, analyses=[AnalysisJob(state="done", objects=[made])])).to_do
+    assert line.startswith("pacs took sr and did not confirm" if state == "unconfirmed" else "pacs does not have sr")
     assert "`lungnode retry 7`" in line
 
 
 @pytest.mark.parametrize("asks", [1, 2])
 def test_peer_that_is_slow_to_confirm_is_said_to_be_looked_at(asks: int) -> None:
-    made = Object(kind="sr", deliveries=[Delivery(peer="pacs", state="waiting", stored_at=1.0, asks=asks, reason="x")])
-    lines = to_do(Series(id=7, complete=True, analyses=[Analysis(state="done", objects=[made])]))
+    made = Object(kind="sr", deliveries=[Delivery(peer="pacs", state="stored", asks=asks, reason="x")])
+    lines = view(Series(id=7, complete=True, analyses=[AnalysisJob(state="done", objects=[made])])).to_do
     assert ["is storage commitment enabled there" in line for line in lines] == [True] * (asks - 1)
 
 
@@ -97,6 +101,10 @@ def test_peer_that_is_slow_to_confirm_is_said_to_be_looked_at(asks: int) -> None
         ("done", ["done", "waiting"], "delivering"),
         ("done", ["done", "refused"], "refused"),
         ("done", ["failed", "refused"], "failed"),
+        ("done", ["done", "stored"], "stored"),
+        ("done", ["confirmed", "unconfirmed"], "failed"),
+        ("report_due", [], "waiting"),
+        ("reporting", [], "running"),
         ("done", ["done"], "delivered"),
         ("refused", ["done"], "not analysed"),
         ("refused", ["waiting"], "delivering"),
@@ -110,7 +118,7 @@ def test_state_is_told_in_a_word(tmp_path: Path, analysis: str | None, deliverie
         series = ledger.add_series(session, "1.2", "1.1", ["1.2.1"], **rest)
         assert series is not None
         if analysis:
-            row = Analysis(series_id=series.id, route="r", destinations={}, state=analysis)
+            row = AnalysisJob(series_id=series.id, route="r", destinations={}, state=analysis)
             owed = [Delivery(peer=f"p{n}", state=one) for n, one in enumerate(deliveries)]
             names = {
                 "kind": "sr",
@@ -121,17 +129,19 @@ def test_state_is_told_in_a_word(tmp_path: Path, analysis: str | None, deliverie
             }
             row.objects = [Object(**names, deliveries=owed)]
             session.add(row)
-        ledger.tell(session, series.id, "received", "one instance")
+        record_event(session, series.id, EventKind.RECEIVED, instances=1, reason="one instance")
     (one,) = all_series(ledger)
-    assert state(one) == word
-    (told,) = as_json([one])
+    assert one.state == word
+    told = as_json(one)
     assert told["state"] == word
     pages = Console(width=160, record=True, file=io.StringIO())
     pages.print(table([one]), timeline(one))
     text = pages.export_text()
     assert word in text
     assert "one instance" in text
-    assert text.count("sr to p") == sum(one in ("waiting", "running", "failed") for one in deliveries)
+    assert text.count("sr to p") == sum(
+        one in ("waiting", "running", "failed", "stored", "unconfirmed") for one in deliveries
+    )
     assert ("to do" in text) == (word in ("failed", "refused"))
     assert text.count("lungnode retry 1") == text.count("to do")
     ledger.engine.dispose()
@@ -152,7 +162,7 @@ def test_up_stops_cleanly_and_leaves_no_process(tmp_path: Path, children: list[p
         children += [process, *process.children(recursive=True)]
     assert node.process.returncode == 0
     assert "is up as LUNGNODE" in node.log.read_text()
-    assert "stopped; what is still owed stands in the ledger" in node.log.read_text()
+    assert "stopped; the ledger keeps what is still due" in node.log.read_text()
 
 
 def test_killed_up_takes_its_processes_along(tmp_path: Path, children: list[psutil.Process]) -> None:

@@ -17,13 +17,13 @@ from node.intake import closing
 from node.intake.assembly import RETRY_S, Assembly, AssociationId
 from node.intake.listener import Listener
 from node.intake.spool import Spool, Stored
-from node.ledger.store import Series
+from node.ledger.tables import Series
 from node.tasks import LEDGER, Node
 
 
 @pytest.fixture(autouse=True)
 def no_bells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(closing, "ring", lambda _work, _rows: None)
+    monkeypatch.setattr(closing, "dispatch", lambda _work, _rows: None)
 
 
 def start(folder: Path) -> tuple[Node, Listener, Assembly]:
