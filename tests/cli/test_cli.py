@@ -17,6 +17,7 @@ from node import __version__
 from node.cli.main import app
 from node.cli.render import table, timeline
 from node.config import load
+from node.ledger import views
 from node.ledger.events import EventKind
 from node.ledger.ledger import Ledger
 from node.ledger.record import record_event
@@ -145,6 +146,42 @@ def test_state_is_told_in_a_word(tmp_path: Path, analysis: str | None, deliverie
     assert ("to do" in text) == (word in ("failed", "refused"))
     assert text.count("lungnode retry 1") == text.count("to do")
     ledger.engine.dispose()
+
+
+@pytest.fixture
+def many(settings_file: Path) -> Path:
+    """Settings of a node that has received five series."""
+    here = Node.open(load(settings_file))
+    with here.ledger() as session:
+        for n in range(5):
+            rest = {"calling_ae": "CT", "instances": [], "closed_because": "", "verdict": "kept"}
+            here.ledger.add_series(session, f"1.2.{n}", "1.1", [str(n)], True, **rest)
+    return settings_file
+
+
+def test_status_says_that_it_shows_a_part_and_how_to_see_the_rest(many: Path) -> None:
+    def numbers(*options: str) -> tuple[list[str], str]:
+        _, *rows = lines("status", *options, "-c", str(many)).splitlines()
+        return [row.split()[0] for row in rows if " CT " in row], rows[-1]
+
+    assert numbers()[0] == ["5", "4", "3", "2", "1"]
+    assert "shown" not in lines("status", "-c", str(many))
+    assert numbers("--limit", "2") == (["5", "4"], "2 of 5 series shown; --page 2 shows more")
+    assert numbers("--limit", "2", "--page", "3") == (["1"], "1 of 5 series shown")
+    assert lines("status", "--page", "9", "-c", str(many)) == "0 of 5 series shown\n"
+
+
+def test_json_is_complete_unless_a_page_is_asked_for(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "PAGE", 2)
+
+    def ids(*options: str) -> tuple[list[int], str]:
+        result = RUNNER.invoke(app, ["status", "--json", *options, "-c", str(many)])
+        assert result.exit_code == 0
+        return [one["id"] for one in json.loads(result.stdout)], result.stderr
+
+    assert ids() == ([5, 4, 3, 2, 1], "")
+    assert ids("--limit", "3") == ([5, 4, 3], "3 of 5 series shown; --page 2 shows more\n")
+    assert ids("--page", "3") == ([1], "1 of 5 series shown\n")
 
 
 @pytest.fixture
