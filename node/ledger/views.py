@@ -20,21 +20,6 @@ from node.ledger.transitions import PUT_BACK, TAKEN, State
 #: Series that one look at the ledger reads.
 PAGE: Final = 200
 
-#: Where a series stands, in the words that people see.
-SERIES_STATES: Final = (
-    "delivered",
-    "confirmed",
-    "stored",
-    "kept",
-    "superseded",
-    "waiting",
-    "running",
-    "delivering",
-    "not analysed",
-    "failed",
-    "refused",
-)
-
 _WHOLE = select(Series).options(
     selectinload(Series.events),
     selectinload(Series.analyses).selectinload(AnalysisJob.objects).selectinload(Object.deliveries),
@@ -135,7 +120,7 @@ class SeriesView:
     closed_because: str
     verdict: str
     closed_at: float
-    #: One of `SERIES_STATES`.
+    #: Where it stands, in a word or two (docs/operation.md has them all).
     state: str
     events: tuple[EventView, ...]
     analyses: tuple[AnalysisView, ...]
@@ -349,7 +334,7 @@ def _object(made: Object, analysis: AnalysisJob, at: float) -> ObjectView:
 
 
 def _state(series: Series) -> str:
-    """One of `SERIES_STATES`."""
+    """Where a series stands: what went wrong first, then what is under way, then how it ended."""
     if not series.analyses:
         return "kept"
     states = {analysis.state for analysis in series.analyses}

@@ -254,7 +254,7 @@ def test_disk_that_is_full_when_results_are_recorded_keeps_the_work(
         tasks.analyse(1)
     assert [line["error"].split()[0] for line in told if line["event"] == "analyse failed"] == ["OperationalError"]
     (series,) = all_series(here.ledger)
-    assert (series.state, series.analyses[0].objects) == ("running", [])
+    assert (series.state, series.analyses[0].objects) == ("running", ())
     ballast[0].unlink()
     with bad_pacs(classes=CLASSES) as pacs:
         work_on(here, pacs)
