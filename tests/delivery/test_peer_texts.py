@@ -20,7 +20,8 @@ from test_stow import web
 from node.config import Peer
 from node.delivery import commitment
 from node.delivery.peer import PeerError, association, contexts_for
-from node.ledger.store import Delivery, Event, Ledger
+from node.ledger.ledger import Ledger
+from node.ledger.tables import Delivery, Event
 
 pytestmark = [
     pytest.mark.usefixtures("short_waits"),
@@ -34,7 +35,7 @@ HOSTILE = "\x1b[2K\x9b31m\u202e[red]DOE^MARKER"
 def told(ledger: Ledger, lines: list[Any]) -> str:
     """All that the ledger and the log say."""
     with ledger.read() as session:
-        texts = [*session.scalars(select(Event.text)), *session.scalars(select(Delivery.reason))]
+        texts = [*(event.text for event in session.scalars(select(Event))), *session.scalars(select(Delivery.reason))]
     return "".join([*texts, *map(repr, lines)])
 
 

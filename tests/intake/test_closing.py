@@ -13,7 +13,6 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from test_spool import store
 
-from node.cli import render
 from node.config import Settings
 from node.files import retention
 from node.installation import LEDGER, Node
@@ -25,7 +24,8 @@ from node.intake.header import InstanceHeader
 from node.intake.listener import Listener
 from node.intake.spool import ATTEMPTS, Spool, Stored, attempts
 from node.intake.stack import Tiling
-from node.ledger.store import Series
+from node.ledger import views
+from node.ledger.tables import Series
 
 
 def start(folder: Path) -> tuple[Node, Listener, Assembly]:
@@ -238,7 +238,7 @@ def test_a_series_at_which_the_process_dies_is_set_aside_after_three_attempts(
     def dies(*_: object) -> None:
         raise Death
 
-    monkeypatch.setattr(*((closing, "triage") if step == "closing" else (spool_module, "_read")), dies)
+    monkeypatch.setattr(*((closing, "first_header") if step == "closing" else (spool_module, "_read")), dies)
     for _ in range(3):
         with pytest.raises(Death):
             close_all(start(tmp_path)[2])
@@ -251,7 +251,7 @@ def test_a_series_at_which_the_process_dies_is_set_aside_after_three_attempts(
         row = session.query(Series).one()
         assert (len(row.instances), row.complete) == (3, False)
         assert row.verdict.startswith("not analysed: set aside, as the listener failed or ended 3 times")
-        assert render.state(row) == "failed"
+        assert views.view(row).state == "failed"
         assert [event.stage for event in row.events] == ["received", "triage"]
     assert not retention._finished(here.ledger, SERIES, time.time() + 1)
     # The folder is moved away, as the verdict says, and the series is sent again.

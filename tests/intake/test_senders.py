@@ -15,13 +15,13 @@ from raw_peer import RELEASE, RawPeer, store
 from structlog.testing import capture_logs
 from test_spool import store as keep
 
-from node.cli import render
 from node.config import Settings
 from node.files.retention import drop_old
 from node.intake import closing
 from node.intake.listener import Listener
 from node.intake.spool import SENDER, Spool
-from node.ledger.store import Series
+from node.ledger import views
+from node.ledger.tables import Series
 from node.tasks import Node
 
 #: Where each peer calls from.
@@ -88,7 +88,7 @@ class Hospital:
 
     def conflicts(self) -> list[str]:
         self.settle()
-        found = render.find(self.here.ledger, SERIES)
+        found = views.find(self.here.ledger, SERIES)
         assert found is not None
         return [event.text for event in found.events if event.stage == "conflict"]
 
@@ -202,9 +202,9 @@ def test_what_does_not_agree_is_a_conflict_and_no_new_generation(
     # What was acknowledged with success is kept, wherever.
     acknowledged = {f"{SERIES}.{n + 1}": raw for (n, raw), answer in zip(sent(), answers, strict=True) if answer == 0}
     assert acknowledged.items() <= {**hospital.kept(), **hospital.kept("from-PACS")}.items()
-    series = render.find(hospital.here.ledger, SERIES)
+    series = views.find(hospital.here.ledger, SERIES)
     assert series is not None
-    assert any("another peer sent other content" in one for one in render.to_do(series))
+    assert any("another peer sent other content" in one for one in series.to_do)
     # Neither the same again nor a restart says it twice.
     hospital.send("PACS", *sent())
     hospital.settle()
