@@ -5,7 +5,6 @@ The command line, and whatever else shows the ledger, reads these and renders th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -189,8 +188,7 @@ def page(ledger: Ledger, number: int = 1, limit: int = PAGE) -> Page:
 
 def every_series(ledger: Ledger) -> Iterator[SeriesView]:
     """All series, newest first, read `PAGE` at a time."""
-    query = _WHOLE.order_by(Series.id.desc()).limit(PAGE)
-    found = list[SeriesView]()
+    query, found = _WHOLE.order_by(Series.id.desc()).limit(PAGE), list[SeriesView]()
     while True:
         with ledger.read() as session:
             rows = session.scalars(query.where(Series.id < found[-1].id) if found else query)
@@ -225,9 +223,8 @@ def unreachable_peers(ledger: Ledger) -> list[UnreachablePeer]:
         ]
 
 
-def view(series: Series, at: float | None = None) -> SeriesView:
+def view(series: Series, at: float) -> SeriesView:
     """The read model of a series whose rows are loaded, as of a time."""
-    at = time.time() if at is None else at
     return SeriesView(
         id=series.id,
         series_instance_uid=series.series_instance_uid,
