@@ -15,7 +15,7 @@ from node.images.headers import first_header
 from node.installation import Node
 from node.ledger.events import EventKind
 from node.ledger.leases import Lease
-from node.ledger.record import now, record_event
+from node.ledger.record import record_event
 from node.ledger.tables import AnalysisJob, Delivery, Object, Series
 from node.ledger.transitions import State
 from node.paths import valid_uid, within
@@ -113,7 +113,7 @@ def _add_objects(here: Node, session: Session, analysis: AnalysisJob, work: Work
     analysis.summary = made.summary
     known = {one.sop_instance_uid for one in analysis.objects}  # from before a retry by hand
     new = [one for one in made.objects if one.sop_instance_uid not in known]
-    analysis.objects += [as_row(here, session, one, work.profiles) for one in new]
+    analysis.objects += [as_row(here, one, work.profiles) for one in new]
     record_event(session, analysis, EventKind.ANALYSIS_ENDED, outcome=made.reason)
     for one in new:
         if one.problems:
@@ -126,12 +126,12 @@ def with_fallback(profiles: dict[str, Profile]) -> list[Profile]:
     return [*profiles.values(), *(replace(one, kinds=(FALLBACK,)) for one in profiles.values())]
 
 
-def as_row(here: Node, session: Session, made: makers.ResultObject, profiles: dict[str, Profile]) -> Object:
+def as_row(here: Node, made: makers.ResultObject, profiles: dict[str, Profile]) -> Object:
     """The object, and its deliveries; one that did not pass its check is refused before it is sent."""
     peers = [peer for peer, profile in profiles.items() if profile in made.profiles]
     ended: dict[str, Any] = {}
     if made.problems:
-        ended = {"state": State.REFUSED, "reason": _stopped(made), "finished_at": now(session)}
+        ended = {"state": State.REFUSED, "reason": _stopped(made), "finished_at": here.ledger.clock()}
     return Object(
         kind=made.kind,
         form=made.form,
@@ -182,7 +182,7 @@ def rejection_notes(
             raise _NoteLackingError(outdated)
         row = there.get(notes[outdated].sop_instance_uid)
         if row is None:
-            row = as_row(here, session, notes[outdated], {})
+            row = as_row(here, notes[outdated], {})
             rows.append(row)
         told = {delivery.peer for delivery in row.deliveries}
         row.deliveries += [Delivery(peer=name) for name in peers if name not in told]

@@ -189,7 +189,7 @@ def _make(here: Node, work: recording.Work) -> recording.Made:
         return _not_analysed(work, work.not_analysed)
     told, what = _told(here, work), run.Work(work.method, work.paths, work.note)
     try:
-        volume, outcome = run.analyse(what, here.settings, told, lambda why: told(f"goes on on the CPU: {why}", 0.0))
+        volume, outcome = run.analyse(what, here.settings, told, lambda why: _on_cpu(here, work, why))
     except VolumeError as refusal:
         return _not_analysed(work, str(refusal))
     made = makers.build(
@@ -217,6 +217,12 @@ def _told(here: Node, work: recording.Work) -> Callable[[str, float], None]:
                 record_event(session, analysis, EventKind.ANALYSIS_STAGE, stage=stage)
 
     return progress
+
+
+def _on_cpu(here: Node, work: recording.Work, why: str) -> None:
+    with here.ledger() as session:
+        analysis = session.get_one(AnalysisJob, work.row)
+        record_event(session, analysis, EventKind.CONTINUED_ON_CPU, reason=why)
 
 
 def _not_analysed(work: recording.Work, reason: str) -> recording.Made:

@@ -175,7 +175,7 @@ def test_dead_pacs_owes_and_retry_delivers(tmp_path: Path, orthanc: Orthanc) -> 
         wait_for(lambda: "no connection to ORTHANC" in node.command("status", "1").stdout, 120, "the refusal")
         assert node.status()[0]["state"] == "delivering"
         assert node.command("echo", "pacs").returncode == 1
-        assert "owed again" in node.command("retry", "1").stdout
+        assert "will be tried again now" in node.command("retry", "1").stdout
     wrong["peers"]["pacs"]["port"] = alive
     with running_node(tmp_path / "node", wrong) as node:
         wait_until_finished(node, dcmread(paths[0]).SeriesInstanceUID)

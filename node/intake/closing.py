@@ -220,24 +220,26 @@ def _dispatch(dispatch: Dispatch, analyses: list[int]) -> None:
 
 def conflict_found(here: Node, conflict: Conflict) -> None:
     """Record that another peer sent something else of a series than the peer that it belongs to."""
-    found: dict[str, str | int] = {
-        "belongs_to": conflict.belongs_to,
-        "sender": conflict.sender,
-        "differing": conflict.differing,
-        "extra": conflict.extra,
-        "held": conflict.held,
-        "address": conflict.address,
-    }
     with here.ledger() as session:
         mine = select(Series).where(
             Series.study_instance_uid == conflict.study_instance_uid,
             Series.series_instance_uid == conflict.series_instance_uid,
         )
         row = session.scalars(mine.order_by(Series.id.desc()).limit(1)).first()
-        if row is not None and any(_is_known(event, found) for event in row.events):
+        if row is not None and any(_is_known(event, conflict) for event in row.events):
             return
         if row is not None:
-            record_event(session, row.id, EventKind.CONFLICT, **found)
+            record_event(
+                session,
+                row.id,
+                EventKind.CONFLICT,
+                belongs_to=conflict.belongs_to,
+                sender=conflict.sender,
+                address=conflict.address or "an unknown address",
+                differing=conflict.differing,
+                extra=conflict.extra,
+                held=conflict.held,
+            )
     mend = "find out why two peers send different content under the same UIDs; `lungnode status` has what to do"
     log.warning(
         "conflict between senders of a series",
@@ -251,14 +253,15 @@ def conflict_found(here: Node, conflict: Conflict) -> None:
     )
 
 
-def _is_known(event: Event, found: dict[str, str | int]) -> bool:
+def _is_known(event: Event, conflict: Conflict) -> bool:
     """Whether a conflict was recorded before, whatever the address that its sender called from.
 
     What is found on disk after a restart, without an address, was mostly recorded when it came, and in full.
     """
-    if event.kind != EventKind.CONFLICT or event.data["sender"] != found["sender"]:
+    if event.kind != EventKind.CONFLICT or event.data["sender"] != conflict.sender:
         return False
-    return not found["address"] or event.data | {"address": ""} == found | {"address": ""}
+    counts = (conflict.differing, conflict.extra, conflict.held)
+    return not conflict.address or tuple(event.data[name] for name in ("differing", "extra", "held")) == counts
 
 
 def _urgent(header: Dataset) -> bool:

@@ -54,7 +54,11 @@ WORDS: Final[Mapping[EventKind, str]] = {
     EventKind.TEXT: "{text}",
     EventKind.RECEIVED: "{instances} instances: {reason}",
     EventKind.TRIAGED: "{decision}",
-    EventKind.CONFLICT: "the series belongs to {belongs_to}; {sender} sent {what} (it called from {address})",
+    EventKind.CONFLICT: (
+        "the series belongs to {belongs_to}; {sender} (calling from {address}) sent {differing} of its {held} instances "
+        "with other content, and {extra} instances that {belongs_to} did not send: what {belongs_to} sent is kept, the "
+        "rest lies beside the series and is no part of it"
+    ),
     EventKind.ANALYSIS_STARTED: "started{attempt}",
     EventKind.ANALYSIS_STAGE: "{stage}",
     EventKind.CONTINUED_ON_CPU: "goes on on the CPU: {reason}",
@@ -102,23 +106,8 @@ def render(kind: str, data: Mapping[str, Any]) -> str:
     acquisition = words.pop("acquisition", "")
     if kind in (EventKind.ANALYSIS_STARTED, EventKind.REPORT_STARTED):
         words["attempt"] = f", attempt {words['attempt']}" if words.get("attempt", 1) != 1 else ""
-    if kind == EventKind.CONFLICT:
-        words |= {"what": _sent(words), "address": words.get("address") or "unknown"}
     try:
         text = WORDS[EventKind(kind)].format(**words)
     except (ValueError, KeyError, IndexError):
         text = " ".join([kind, *(f"{name}={value}" for name, value in words.items())])
     return printable(f"{acquisition}: {text}" if acquisition else text, SENTENCE_LENGTH)
-
-
-def _sent(data: Mapping[str, Any]) -> str:
-    """What another peer sent of a series, that the peer which it belongs to did not."""
-    owner, what = data.get("belongs_to"), list[str]()
-    if data.get("differing"):
-        what.append(f"{data['differing']} instances with other content than those of {owner}, which are kept")
-    if data.get("extra"):
-        what.append(
-            f"{data['extra']} instances that {owner} did not send; they are kept beside the series, not as part of it, "
-            f"as {data.get('sender')} did not send all {data.get('held')} instances of it with the same content"
-        )
-    return ", and ".join(what)

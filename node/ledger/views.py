@@ -5,7 +5,6 @@ The command line, and whatever else shows the ledger, reads these and renders th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -78,7 +77,8 @@ class ObjectView:
     path: str
     #: Why it must never be sent.
     stopped: str | None
-    superseded: bool
+    #: Row number of the analysis whose objects replace it.
+    superseded_by: int | None
     deliveries: tuple[DeliveryView, ...]
 
 
@@ -189,10 +189,10 @@ def page(ledger: Ledger, number: int = 1, limit: int = PAGE) -> Page:
 
 def every_series(ledger: Ledger) -> Iterator[SeriesView]:
     """All series, newest first, read `PAGE` at a time."""
-    query, rows = _WHOLE.order_by(Series.id.desc()).limit(PAGE), list[Series]()
+    query, found = _WHOLE.order_by(Series.id.desc()).limit(PAGE), list[SeriesView]()
     while True:
         with ledger.read() as session:
-            rows = list(session.scalars(query.where(Series.id < rows[-1].id) if rows else query))
+            rows = session.scalars(query.where(Series.id < found[-1].id) if found else query)
             found = [view(one, ledger.clock()) for one in rows]
         if not found:
             return
@@ -224,9 +224,8 @@ def unreachable_peers(ledger: Ledger) -> list[UnreachablePeer]:
         ]
 
 
-def view(series: Series, at: float | None = None) -> SeriesView:
+def view(series: Series, at: float) -> SeriesView:
     """The read model of a series whose rows are loaded, as of a time."""
-    at = time.time() if at is None else at
     return SeriesView(
         id=series.id,
         series_instance_uid=series.series_instance_uid,
@@ -316,7 +315,7 @@ def _object(made: Object, analysis: AnalysisJob, at: float) -> ObjectView:
         series_instance_uid=made.series_instance_uid,
         path=made.path,
         stopped=made.stopped,
-        superseded=made.superseded_by is not None,
+        superseded_by=made.superseded_by,
         deliveries=tuple(
             DeliveryView(
                 peer=one.peer,

@@ -80,7 +80,7 @@ def test_folder_without_ct_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("state", ["failed", "unconfirmed"])
 def test_what_a_peer_took_and_did_not_confirm_is_not_said_to_be_missing_there(state: str) -> None:
     made = Object(kind="sr", deliveries=[Delivery(peer="pacs", state=state, reason="mute")])
-    (line,) = view(Series(id=7, complete=True, analyses=[AnalysisJob(state="done", objects=[made])])).to_do
+    (line,) = view(Series(id=7, complete=True, analyses=[AnalysisJob(state="done", objects=[made])]), 0.0).to_do
     assert line.startswith("pacs took sr and did not confirm" if state == "unconfirmed" else "pacs does not have sr")
     assert "`lungnode retry 7`" in line
 
@@ -88,7 +88,7 @@ def test_what_a_peer_took_and_did_not_confirm_is_not_said_to_be_missing_there(st
 @pytest.mark.parametrize("asks", [1, 2])
 def test_peer_that_is_slow_to_confirm_is_said_to_be_looked_at(asks: int) -> None:
     made = Object(kind="sr", deliveries=[Delivery(peer="pacs", state="stored", asks=asks, reason="x")])
-    lines = view(Series(id=7, complete=True, analyses=[AnalysisJob(state="done", objects=[made])])).to_do
+    lines = view(Series(id=7, complete=True, analyses=[AnalysisJob(state="done", objects=[made])]), 0.0).to_do
     assert ["is storage commitment enabled there" in line for line in lines] == [True] * (asks - 1)
 
 

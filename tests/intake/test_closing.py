@@ -270,17 +270,17 @@ def test_two_deaths_at_a_series_are_forgotten_once_it_is_closed(
     (tmp_path / "spool").mkdir()
     spooled(tmp_path, 3, age_s=3)
     folder = tmp_path / "spool" / STUDY / SERIES
-    judge = closing.triage
+    judge = closing.first_header
 
     def dies(_: object) -> None:
         raise Death
 
-    monkeypatch.setattr(closing, "triage", dies)
+    monkeypatch.setattr(closing, "first_header", dies)
     for deaths in (1, 2):
         with pytest.raises(Death):
             close_all(start(tmp_path)[2])
         assert attempts(folder) == deaths
-    monkeypatch.setattr(closing, "triage", judge)
+    monkeypatch.setattr(closing, "first_header", judge)
     here, _, assembly = start(tmp_path)
     close_all(assembly)
     assert "set aside" not in closed(here)[0][2]
