@@ -2,7 +2,8 @@
 
 What comes from elsewhere is data and nothing else: only the few files that a bundle is read from are taken out of an
 archive, under their own names and up to a size; weights are safetensors whose sha256 the metadata give; and before a
-bundle is in place its network has been built and run.
+bundle is in place its network has been built and run. OpenVINO's form of a network, which is a program of its own and
+may compute something else than the weights, is never taken but made here of the weights that were checked.
 """
 
 from __future__ import annotations
@@ -10,26 +11,44 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
+import os
 import re
 import shutil
+import stat
+import struct
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
-from models.registry import BUNDLES, WEIGHTS, Bundle, BundleError, data_format, load_bundle, verify
+from models.registry import (
+    BUNDLES,
+    MOST_JSON_BYTES,
+    WEIGHTS,
+    Bundle,
+    BundleError,
+    data_format,
+    load_bundle,
+    shown,
+    verify,
+)
 from models.runtime import NoIRError, export
 
 log = logging.getLogger(__name__)
 
-#: What is taken of an archive: the bundle's own files, OpenVINO's form of the network, words and pictures.
-_WANTED = re.compile(
-    r"configs/(metadata|inference)\.json|models/model\.(safetensors|xml|bin)|docs/[\w-]+\.(md|png)|LICENSE"
-)
-#: A bundle is read into memory to be checked; no segmentation network of today comes near.
-_MOST_BYTES = 2_000_000_000
-_MOST_FILES = 1000
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+#: What is taken of an archive, and the most bytes that each may have: the bundle's own files, words and pictures. A
+#: bundle is read into memory to be checked; no segmentation network of today comes near.
+_WANTED = {
+    re.compile(r"configs/(metadata|inference)\.json"): MOST_JSON_BYTES,
+    re.compile(r"models/model\.safetensors"): 2_000_000_000,
+    re.compile(r"docs/[\w-]{1,64}\.(md|png)|LICENSE", re.ASCII): 16 << 20,
+}
+#: Limits of an archive: files, bytes of its directory, bytes of what is taken in all. Deflate reaches 1032 to 1; text
+#: and weights stay far below the ratio that is taken, of what is large enough to matter.
+_MOST_FILES, _MOST_DIRECTORY, _MOST_BYTES = 1000, 1 << 20, 2_100_000_000
+_MOST_RATIO, _RATIO_FROM = 100, 1 << 20
+#: Bytes of a file of published weights; those of R231 have 120 MB.
+_MOST_PICKLE = 500_000_000
 
 
 def install(archive: Path, folder: Path) -> tuple[Bundle, list[str]]:
@@ -53,11 +72,14 @@ def install(archive: Path, folder: Path) -> tuple[Bundle, list[str]]:
         The archive is unsafe, incomplete, not what its metadata say, or a model of that name is there already.
     """
     try:
-        with zipfile.ZipFile(archive) as opened, _scratch(folder) as scratch:
-            left_out = _unpack(opened, Path(scratch))
-            return _put(Path(scratch), folder), left_out
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise BundleError(f"{archive}: cannot be read as a ZIP file: {error}") from None
+        _check_directory(archive)
+        with zipfile.ZipFile(archive) as opened:
+            wanted, left_out = _chosen(opened)
+            with _scratch(folder) as scratch:
+                _unpack(opened, wanted, Path(scratch))
+                return _put(Path(scratch), folder), left_out
+    except _UNREADABLE as error:
+        raise BundleError(f"{archive}: cannot be read as a ZIP file: {shown(error)}") from None
     except OSError as error:
         raise BundleError(f"{archive}: {error.strerror or error}; nothing was installed") from None
 
@@ -76,14 +98,15 @@ def import_r231(weights: Path, folder: Path, name: str = "lungs-r231") -> Bundle
     from models.networks.unet_r231 import UNetR231, published_state
 
     try:
+        _check_pickle(weights)
         # Tensors alone: a pickle that names anything else is refused.
         state = torch.load(weights, map_location="cpu", weights_only=True)
         network = UNetR231()
         network.load_state_dict(published_state(state))
     except OSError as error:
         raise BundleError(f"{weights}: cannot be read ({error.strerror})") from None
-    except (pickle.UnpicklingError, RuntimeError, ValueError, AttributeError, EOFError) as error:
-        raise BundleError(f"{weights}: not the weights of lungmask's R231: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a pickle may hold anything, and fail wherever it is looked at
+        raise BundleError(f"{weights}: not the weights of lungmask's R231: {shown(error)}") from None
     with _scratch(folder) as scratch:
         made = Path(scratch)
         for part in ("configs", "models", "docs"):
@@ -103,53 +126,120 @@ def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(dir=folder, prefix=".new-", ignore_cleanup_errors=True)
 
 
-def _unpack(archive: zipfile.ZipFile, scratch: Path) -> list[str]:
-    """Write the wanted files; returns the names of the others."""
-    entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-    paths = [PurePosixPath(entry.filename.replace("\\", "/")) for entry in entries]
-    if bad := [str(path) for path in paths if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]]:
-        raise BundleError(f"{archive.filename}: {bad[0]!r} would be written outside its folder; nothing was installed")
+#: What `zipfile` raises on archives that are damaged, or made to be.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+
+
+def _check_directory(archive: Path) -> None:
+    """Refuse an archive whose directory is too large: `zipfile` reads all of it before it gives the first entry.
+
+    Records of the end of the directory are APPNOTE.TXT 4.3.14 to 4.3.16; that of ZIP64 overrides the other.
+    """
+    with archive.open("rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - (1 << 16) - 98)
+        file.seek(start)
+        tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) - at < 22:
+        raise zipfile.BadZipFile("it has no end of central directory")
+    files, directory = struct.unpack_from("<HL", tail, at + 10)
+    if at >= 20 and tail.startswith(b"PK\6\7", at - 20):
+        at -= 76  # the record, whose size may vary, then its locator; nobody makes it longer
+        if not tail.startswith(b"PK\6\6", max(0, at)) or struct.unpack_from("<Q", tail, at + 64) != (start + at,):
+            raise zipfile.BadZipFile("the end of its central directory is not where it says")
+        files, directory = struct.unpack_from("<QQ", tail, at + 32)
+    if files > _MOST_FILES or directory > _MOST_DIRECTORY:
+        raise BundleError(f"{archive}: holds {files} files, no bundle has over {_MOST_FILES}; nothing was installed")
+
+
+def _chosen(archive: zipfile.ZipFile) -> tuple[dict[str, zipfile.ZipInfo], list[str]]:
+    """Entries to unpack, by their name within the bundle, and names of the others; all were checked."""
+    entries: dict[PurePosixPath, zipfile.ZipInfo] = {}
+    for entry in archive.infolist():
+        path = PurePosixPath(entry.filename.replace("\\", "/"))
+        if problem := _problem(entry, path):
+            raise BundleError(f"{archive.filename}: '{shown(entry.filename)}' {problem}; nothing was installed")
+        if entry.is_dir():
+            continue
+        if path in entries:
+            raise BundleError(f"{archive.filename}: '{shown(path)}' is there twice; nothing was installed")
+        entries[path] = entry
     if len(entries) > _MOST_FILES:
         raise BundleError(f"{archive.filename}: holds {len(entries)} files, no bundle has over {_MOST_FILES}")
-    tops = [path.parents[1] for path in paths if path.parts[-2:] == ("configs", "metadata.json")]
+    tops = [path.parents[1] for path in entries if path.parts[-2:] == ("configs", "metadata.json")]
     if not tops:
         raise BundleError(f"{archive.filename}: no configs/metadata.json, so it is no MONAI bundle")
     top = min(tops, key=lambda path: len(path.parts))
-    left_out, spent = [], 0
-    for entry, path in zip(entries, paths, strict=True):
+    wanted, left_out = dict[str, zipfile.ZipInfo](), list[str]()
+    for path, entry in entries.items():
         inner = str(path.relative_to(top)) if path.is_relative_to(top) else ""
-        if not _WANTED.fullmatch(inner):
-            left_out.append(str(path))
-            continue
-        with archive.open(entry) as source:
-            # Read up to the limit and a byte more: an entry may be larger than it says.
-            content = source.read(_MOST_BYTES - spent + 1)
-        spent += len(content)
-        if spent > _MOST_BYTES:
-            raise BundleError(f"{archive.filename}: unpacks to more than {_MOST_BYTES:,} bytes; nothing was installed")
-        (scratch / inner).parent.mkdir(parents=True, exist_ok=True)
-        (scratch / inner).write_bytes(content)
-    if not (scratch / WEIGHTS).exists():
+        most = next((most for form, most in _WANTED.items() if form.fullmatch(inner)), None)
+        if most is None:
+            left_out.append(shown(path))
+        elif entry.file_size > most:
+            raise BundleError(f"{archive.filename}: {inner} has {entry.file_size:,} bytes, over {most:,}")
+        else:
+            wanted[inner] = entry
+    if sum(entry.file_size for entry in wanted.values()) > _MOST_BYTES:
+        raise BundleError(f"{archive.filename}: unpacks to more than {_MOST_BYTES:,} bytes; nothing was installed")
+    if WEIGHTS.as_posix() not in wanted:
         pickles = [name for name in left_out if name.endswith((".pt", ".pth", ".ts", ".pkl"))]
         reason = f"; {pickles[0]} may hold code and is not read: save the weights as safetensors" if pickles else ""
         raise BundleError(f"{archive.filename}: no {WEIGHTS.as_posix()}{reason}")
-    return left_out
+    return wanted, left_out
+
+
+def _problem(entry: zipfile.ZipInfo, path: PurePosixPath) -> str:
+    """Why an entry is not safe to unpack; '' where it is."""
+    kind = stat.S_IFMT(entry.external_attr >> 16)
+    if not path.parts or path.is_absolute() or ".." in path.parts or ":" in str(path) or not str(path).isprintable():
+        return "would be written outside its folder, or has a name that no file should have"
+    # Archives that were not made on Unix have no kind; APPNOTE.TXT 4.4.15 leaves it to the system.
+    if kind not in (0, stat.S_IFDIR if entry.is_dir() else stat.S_IFREG):
+        return "is a link or a device, not a file"
+    if entry.flag_bits & 0x1:
+        return "is encrypted"
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "is compressed in another way than ZIP's own"
+    if entry.file_size > max(_RATIO_FROM, _MOST_RATIO * entry.compress_size):
+        return f"is compressed more than {_MOST_RATIO} to 1"
+    return ""
+
+
+def _unpack(archive: zipfile.ZipFile, wanted: dict[str, zipfile.ZipInfo], scratch: Path) -> None:
+    """Write the entries under their names; `zipfile` gives no more bytes of one than it says, and checks their CRC."""
+    for inner, entry in wanted.items():
+        content = archive.read(entry)
+        if len(content) != entry.file_size:
+            raise BundleError(f"{archive.filename}: {inner} has another size than it says; nothing was installed")
+        (scratch / inner).parent.mkdir(parents=True, exist_ok=True)
+        (scratch / inner).write_bytes(content)
+
+
+def _check_pickle(weights: Path) -> None:
+    """Refuse weights too large to be read; torch's files are ZIP archives, whose entries it unpacks into memory."""
+    size = weights.stat().st_size
+    if zipfile.is_zipfile(weights):
+        _check_directory(weights)
+        with zipfile.ZipFile(weights) as archive:
+            size = max(size, sum(entry.file_size for entry in archive.infolist()))
+    if size > _MOST_PICKLE:
+        raise BundleError(f"it holds over {_MOST_PICKLE:,} bytes")
 
 
 def _put(made: Path, folder: Path) -> Bundle:
     """Check a bundle and move it to its place."""
     bundle = load_bundle(made)
-    if not _NAME.fullmatch(bundle.name):
-        raise BundleError(f"a model's name is lower-case letters, digits, '.', '-' and '_', not {bundle.name!r}")
     place = folder / bundle.name
     if (BUNDLES / bundle.name).exists() or place.exists():
         raise BundleError(f"there is a model '{bundle.name}' already; give the new one another name, or remove {place}")
+    if bundle.metadata.pop("openvino", None) is not None:  # of the archive's own IR, which was left behind
+        (made / "configs" / "metadata.json").write_text(json.dumps(bundle.metadata, indent=2) + "\n", encoding="utf-8")
     verify(bundle)
-    if not bundle.metadata.get("openvino"):
-        try:
-            export(made)
-        except NoIRError as reason:
-            log.warning("the network '%s' will run on torch, several times slower: %s", bundle.name, reason)
+    try:
+        export(made)
+    except NoIRError as reason:
+        log.warning("the network '%s' will run on torch, several times slower: %s", bundle.name, reason)
     # The scratch folder is for its owner alone; a bundle is for the workers too.
     place.mkdir()
     for part in made.iterdir():

@@ -1,14 +1,17 @@
 """Bundles by name: configuration, digest-checked weights, model card (MONAI bundle layout).
 
 A bundle is a folder: `configs/metadata.json`, `configs/inference.json`, `models/model.safetensors`, `docs/README.md`.
-Weights are data: only safetensors is read, only after its sha256 agreed with the metadata, and the network's
-configuration may name networks and numbers but no code.
+Weights are data: only safetensors is read, only after its sha256 agreed with the metadata. Of `inference.json` only
+`network_def` is read, which `models.build` makes a network of; whatever else it holds is for MONAI's own commands, and
+is never evaluated here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +22,17 @@ if TYPE_CHECKING:
 #: Where the bundles lie that come with the program.
 BUNDLES = Path(__file__).parent / "bundles"
 
-#: Modules that a bundle's network may come from.
-_TRUSTED = ("models.networks.", "monai.networks.nets.")
+#: Limits of a bundle's JSON files, whose own hold 8 kB: bytes, and objects or lists within each other.
+MOST_JSON_BYTES, _DEEPEST_JSON = 1 << 20, 32
+#: Bytes of the header of safetensors, which names each tensor in about 100 bytes.
+_MOST_HEADER_BYTES = 4 << 20
+#: Whole numbers that a double holds exactly; none of a model's sizes comes near.
+_MOST_NUMBER = 1 << 53
+
+#: What a model and its version may be called. Both stand in paths, on terminals and in DICOM objects (VR LO).
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,31}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class BundleError(Exception):
@@ -70,21 +82,31 @@ class Bundle:
         BundleError
             The weights changed since, do not fit the network, or the configuration names anything but a network.
         """
-        # torch and MONAI take seconds to import: processes that only name a model do without.
-        from monai.bundle.config_parser import ConfigParser
+        # torch takes seconds to import: processes that only name a model do without.
         from safetensors import SafetensorError
         from safetensors.torch import load as read_safetensors
 
-        weights = verified(self.path / WEIGHTS, self.sha256)
-        definition = _read_json(self.path / "configs" / "inference.json").get("network_def")
-        if not isinstance(definition, dict):
-            raise BundleError(f"{self.path / 'configs' / 'inference.json'}: no 'network_def' with a '_target_'")
-        _check_definition(definition, self.path / "configs" / "inference.json")
-        network: torch.nn.Module = ConfigParser({"network_def": definition}).get_parsed_content("network_def")
+        from models.build import build
+
+        weights, file = verified(self.path / WEIGHTS, self.sha256), self.path / "configs" / "inference.json"
         try:
-            network.load_state_dict(read_safetensors(weights))
+            network = build(_read_json(file).get("network_def") or {}, "meta")
+        except BundleError as error:
+            raise BundleError(f"{file}: {error}") from None
+        if int.from_bytes(weights[:8], "little") > _MOST_HEADER_BYTES:
+            raise BundleError(f"{self.path / WEIGHTS}: its header is larger than {_MOST_HEADER_BYTES:,} bytes")
+        own = network.state_dict()
+        try:
+            # The network has no memory yet. Tensors of the file take the places of its own where the shapes agree, in
+            # the network's precision, as files may be in half of it.
+            state = {
+                name: one.to(own[name].dtype) if name in own else one for name, one in read_safetensors(weights).items()
+            }
+            network.load_state_dict(state, assign=True)
         except (SafetensorError, RuntimeError) as error:
-            raise BundleError(f"{self.path / WEIGHTS}: does not fit the network of inference.json: {error}") from None
+            raise BundleError(
+                f"{self.path / WEIGHTS}: does not fit the network of inference.json: {shown(error)}"
+            ) from None
         return network.eval().requires_grad_(False).to(device)
 
 
@@ -122,8 +144,11 @@ def load_bundle(name_or_path: str | Path, installed: Path | None = None) -> Bund
         name, version, digest = (metadata[key] for key in ("name", "version", "sha256"))
     except KeyError as error:
         raise BundleError(f"{file}: {error} is missing") from None
+    for what, value, form in (("name", name, _NAME), ("version", version, _VERSION), ("sha256", digest, _DIGEST)):
+        if not isinstance(value, str) or not form.fullmatch(value):
+            raise BundleError(f"{file}: a model's {what} is {form.pattern}, not '{shown(value)}'")
     verified(path / WEIGHTS, digest)
-    return Bundle(str(name), str(version), str(digest), metadata, path)
+    return Bundle(name, version, digest, metadata, path)
 
 
 def list_bundles(installed: Path | None = None) -> tuple[str, ...]:
@@ -151,8 +176,8 @@ def verify(bundle: Bundle) -> None:
         sizes = [float(bundle.metadata["pixel_mm"]), high - low, stride, context + 1, channels]
         if channels == 1:
             sizes += [float(bundle.metadata["threshold"]), float(bundle.metadata["minimum_lesion_mm3"])]
-    except (KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{file}: inference needs {error}") from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise BundleError(f"{file}: inference needs {shown(error)}") from None
     if min(sizes) <= 0 or channels not in (1, 3) or max(context, stride) > 64:
         raise BundleError(f"{file}: sizes must be positive, and a network have 1 (infection) or 3 (lungs) channels")
     if isinstance(record := bundle.metadata.get("openvino"), dict):
@@ -165,7 +190,7 @@ def verify(bundle: Bundle) -> None:
         with torch.inference_mode():
             logits = network(image)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise BundleError(f"{bundle.path}: the network does not run: {error}") from None
+        raise BundleError(f"{bundle.path}: the network does not run: {shown(error)}") from None
     if tuple(logits.shape) != (1, channels, *image.shape[2:]) or not bool(torch.isfinite(logits).all()):
         raise BundleError(f"{bundle.path}: the network gives {tuple(logits.shape)}, or numbers that are none")
 
@@ -222,27 +247,43 @@ def data_format(inputs: int, spatial_shape: list[str], output: str, channels: di
     return {"inputs": {"image": image}, "outputs": {"pred": prediction}}
 
 
+def shown(value: object, most: int = 200) -> str:
+    """Foreign text for a terminal or a log: one line, printable characters only, cut at `most`."""
+    text = "".join(one if one.isprintable() else "?" for one in str(value)[: most + 1])
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON file of a bundle, within limits of size and depth, and with finite numbers only."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{file}: cannot be read as JSON: {error}") from None
+        with file.open("rb") as opened:
+            text = opened.read(MOST_JSON_BYTES + 1)
+        if len(text) > MOST_JSON_BYTES:
+            raise BundleError(f"{file}: is larger than {MOST_JSON_BYTES:,} bytes")
+        content = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read as JSON: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file}: cannot be read as JSON: {shown(error)}") from None
     if not isinstance(content, dict):
         raise BundleError(f"{file}: must hold one JSON object")
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST_JSON):
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+        level = [one for one in level if isinstance(one, dict | list)]
+    if level:
+        raise BundleError(f"{file}: holds objects or lists more than {_DEEPEST_JSON} deep")
     return content
 
 
-def _check_definition(node: Any, file: Path) -> None:
-    """Refuse what MONAI would run as code: foreign targets, expressions ($), references (@) and macros (%)."""
-    if isinstance(node, dict):
-        target = node.get("_target_")
-        if target is not None and not str(target).startswith(_TRUSTED):
-            raise BundleError(f"{file}: '_target_' {target!r} is not a network of {' or '.join(_TRUSTED)}")
-        for key, value in node.items():
-            _check_definition(key, file)
-            _check_definition(value, file)
-    elif isinstance(node, list):
-        for value in node:
-            _check_definition(value, file)
-    elif isinstance(node, str) and node[:1] in ("$", "@", "%"):
-        raise BundleError(f"{file}: {node!r} is an expression; a network definition may hold values only")
+def _whole(text: str) -> int:
+    if len(text) > 17 or abs(number := int(text)) > _MOST_NUMBER:
+        raise ValueError("a whole number is larger than 2^53")
+    return number
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number is not finite")
+    return number

@@ -262,15 +262,14 @@ def export(path: Path, examples: Sequence[NDArray[np.float32]] = ()) -> None:
         model = _quantised(model, examples)
     # Half the size; what the weights lose is less than what bfloat16 loses in every product.
     openvino.save_model(model, path / IR[0], compress_to_fp16=True)
-    file = path / "configs" / "metadata.json"
-    metadata = json.loads(file.read_text(encoding="utf-8"))
-    metadata["openvino"] = {
+    record = {
         "version": openvino.__version__,
         "weights": bundle.sha256,
         "int8": bool(examples),
         **{part.name: hashlib.sha256((path / part).read_bytes()).hexdigest() for part in IR},
     }
-    file.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(bundle.metadata | {"openvino": record}, indent=2) + "\n"
+    (path / "configs" / "metadata.json").write_text(text, encoding="utf-8")
 
 
 def _quantised(model: Any, examples: Sequence[NDArray[np.float32]]) -> Any:

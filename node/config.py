@@ -22,6 +22,7 @@ from pydicom._dicom_dict import DicomDictionary
 from pydicom.datadict import tag_for_keyword
 from pydicom.multival import MultiValue
 
+from node.network import addresses as network
 from node.results.forms import CAPTURE_FORMS, KINDS, Kind, Profile, SegForm, SrForm
 
 #: Where settings are looked for when no file is named: the environment first, then the working folder.
@@ -34,6 +35,10 @@ AETitle = Annotated[
     StringConstraints(pattern=r"^[!-\[\]-~](?:[ -\[\]-~]{0,14}[!-\[\]-~])?$"),
     Field(examples=["LUNGNODE"]),
 ]
+#: Version from which `listener.addresses` is 'enforce' where the settings do not say: for one release a node that was
+#: upgraded warns of peers that call from elsewhere, so that the admin can enter their addresses.
+ADDRESSES_ENFORCED_FROM = "0.3.0"
+
 Port = Annotated[int, Field(ge=1, le=65535, examples=[11112])]
 
 
@@ -51,7 +56,9 @@ class Listener(_Section):
     port: Port = 11112
     """TCP port to listen on"""
     accept: Literal["known", "any"] = "known"
-    """'known' takes associations only from peers that may send; 'any' takes every calling AE title"""
+    """'known' takes associations only from peers that may send; 'any' also takes AE titles that are no peer's"""
+    addresses: Literal["warn", "enforce"] = "warn"
+    """'enforce' refuses a peer without `addresses` that calls from elsewhere than its host, 'warn' only logs it"""
     max_associations: int = Field(32, ge=1, le=512, examples=[32])
     """associations at once; more are rejected with 'local limit exceeded'"""
     quiet_period_s: float = Field(30.0, gt=0, le=3600, examples=[30])
@@ -65,8 +72,19 @@ class Listener(_Section):
 class Stow(_Section):
     """The DICOMweb service of a peer (PS3.18 10.5)."""
 
-    url: str = Field(pattern=r"^https?://[^/\s@]+(/\S*)?$", examples=["https://pacs.example/dicom-web"])
+    url: str = Field(pattern=r"^https?://[^/\s@?#\\]+(/[^\s?#\\]*)?$", examples=["https://pacs.example/dicom-web"])
     """its address, up to but without /studies; credentials are read from the environment"""
+
+    @field_validator("url", mode="before")
+    @classmethod
+    def _holds_no_credentials(cls, value: Any) -> Any:
+        address = str(value).partition("://")[2].partition("/")[0]
+        if "@" in address or "?" in str(value):
+            raise ValueError("holds credentials, or a query, which may be some")
+        return value
+
+    insecure: bool = False
+    """true sends the credentials over http:// too, in the clear; without it they go over https:// only"""
     ca: Path | None = None
     """PEM file of the authority that signed the service's certificate, where the system does not know it"""
     certificate: Path | None = None
@@ -82,6 +100,14 @@ class Peer(_Section):
     """the peer's host name or address"""
     port: Port
     """the peer's DICOM port"""
+    addresses: tuple[str, ...] | Literal["any"] | None = Field(None, examples=[["192.0.2.7", "192.0.2.0/24"]])
+    """addresses, networks (CIDR) and host names that it may call from, or 'any'; left out, those of its host"""
+
+    @field_validator("addresses", mode="before")
+    @classmethod
+    def _one_address_needs_no_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) and value != "any" else value
+
     may: tuple[Literal["send", "receive", "count"], ...] = ("send", "receive")
     """what the peer may do: 'send' series to us, 'receive' results from us, 'count' a series that it sent, by C-FIND"""
     stow: Stow | None = None
@@ -193,6 +219,28 @@ class Settings(_Section):
             return Profile(tuple(kinds))
         return Profile(tuple(kind for kind in peer.takes if kind in kinds), peer.seg, peer.sr, peer.capture)
 
+    def peer_addresses(self, memory: Path | None = None) -> network.PeerAddresses:
+        """Who may use which AE title; `memory` is a file that keeps what host names resolved to."""
+        entries = [network.entry(name, peer.ae_title, peer.host, peer.addresses) for name, peer in self.peers.items()]
+        return network.PeerAddresses(entries, enforce=self.listener.addresses == "enforce", memory=memory)
+
+    def hints(self) -> list[str]:
+        """What the settings leave open, and that an admin had better decide; a sentence each."""
+        enforced = self.listener.addresses == "enforce"
+        found = [
+            f"peers.{name}.addresses: not set, so it may call from what its host '{peer.host}' resolves to"
+            f"{'' if enforced else ' (from elsewhere it is let in with a warning)'}. "
+            "Enter its addresses, networks or host names."
+            for name, peer in self.peers.items()
+            if peer.addresses is None
+        ]
+        if not enforced:
+            found.append(
+                "listener.addresses: 'warn' lets a stranger use the AE title of a peer that has no addresses. Set "
+                f"'enforce', which is the default from version {ADDRESSES_ENFORCED_FROM}."
+            )
+        return found
+
     def peer_names(self, ae_title: str) -> set[str]:
         """Names of all peers with this AE title."""
         return {name for name, peer in self.peers.items() if peer.ae_title == ae_title.strip()}
@@ -294,6 +342,15 @@ def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
     if urlsplit(settings.broker).password:
         mend = "Take the URL out of the file and set it in the environment as LUNGNODE_BROKER."
         yield ("broker",), "holds a password", mend
+    for name, peer in settings.peers.items():
+        if peer.addresses == ():
+            mend = "Name at least one, or leave the key out to take those of its host."
+            yield ("peers", name, "addresses"), "names no address", mend
+        for n, address in enumerate(peer.addresses if isinstance(peer.addresses, tuple) else ()):
+            try:
+                network.parse(address)
+            except network.AddressError as error:
+                yield ("peers", name, "addresses", n), str(error), error.hint
     seen: set[str] = set()
     for n, route in enumerate(settings.routes):
         if route.name in seen:
@@ -393,10 +450,12 @@ def _section(location: _Location) -> dict[str, Any]:
             here = here.get("properties", {}).get(part, here.get("additionalProperties", {}))
         if not isinstance(here, dict):  # additionalProperties: false
             return {}
-        if "$ref" in here:
+        # A section that may be left out is one of two schemas, the other of which is null.
+        references = [one["$ref"] for one in (here, *here.get("anyOf", ())) if "$ref" in one]
+        if references:
             here = {
-                **whole["$defs"][here["$ref"].rsplit("/", 1)[1]],
-                **{k: v for k, v in here.items() if k != "$ref"},
+                **whole["$defs"][references[0].rsplit("/", 1)[1]],
+                **{k: v for k, v in here.items() if k not in ("$ref", "anyOf")},
             }
     return dict(here)
 

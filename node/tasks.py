@@ -22,24 +22,28 @@ from typing import TYPE_CHECKING, Any, Literal
 import structlog
 from celery import Celery, signals
 from kombu.exceptions import OperationalError
-from pydicom import Dataset, dcmread
+from pydicom import Dataset
 from pydicom.errors import InvalidDicomError
 from redis.exceptions import RedisError
 from sqlalchemy.orm import Session
 
 from models.registry import load_bundle
 from models.runtime import CardMemoryError
+from node import permissions
 from node.analysis import priors
 from node.config import Settings, load
 from node.delivery import superseding
 from node.delivery.outbox import Outbox
 from node.files import retention
 from node.images.volume import Volume, VolumeError
+from node.intake.header import HeaderError
+from node.intake.received import read_received
 from node.ledger.store import Analysis, Delivery, Lease, Ledger, Object, Series, State
 from node.methods.pneumonia import pipeline
 from node.methods.pneumonia.findings import Findings
 from node.methods.pneumonia.serialise import summary
 from node.operations.supervisor import settle
+from node.paths import valid_uid, within
 from node.results import makers
 from node.results.forms import FALLBACK, Profile
 from node.telemetry import logs
@@ -99,6 +103,7 @@ class Node:
         """Make the folders and the ledger's tables where they are missing."""
         for folder in ("spool", "results"):
             (settings.data / folder).mkdir(parents=True, exist_ok=True)
+        permissions.close(settings.data)
         ledger = Ledger(f"sqlite:///{settings.data / LEDGER}")
         ledger.migrate()
         return cls(settings, ledger)
@@ -285,10 +290,10 @@ def _begin(here: Node, row: int) -> _Work:
         return _Work(
             row,
             series.series_instance_uid,
-            [here.spool / name for name in analysis.instances or series.instances],
+            [within(here.spool, name) for name in analysis.instances or series.instances],
             makers.Part(analysis.acquisition, series.analyses.index(analysis)),
             analysis.note,
-            here.results / series.series_instance_uid / f"{series.generation}-{analysis.id}",
+            within(here.results, valid_uid(series.series_instance_uid), f"{series.generation}-{analysis.id}"),
             {peer: here.settings.profile(peer, kinds) for peer, kinds in analysis.destinations.items()},
             analysis.tell,
             analysis.not_analysed,
@@ -401,7 +406,7 @@ def first_header(paths: Sequence[Path]) -> Dataset:
     errors: list[OSError] = []
     for path in paths:
         try:
-            return dcmread(path, stop_before_pixels=True)
+            return read_received(path)
         except OSError as error:
             errors.append(error)
     raise next((one for one in errors if not isinstance(one, FileNotFoundError)), errors[0])
@@ -412,14 +417,14 @@ def _headers(paths: list[Path]) -> list[Dataset]:
 
     Raises
     ------
-    OSError, InvalidDicomError
+    OSError, InvalidDicomError, HeaderError
         None can be read.
     """
     headers, errors = list[Dataset](), list[Exception]()
     for path in paths:
         try:
-            headers.append(dcmread(path, stop_before_pixels=True))
-        except (OSError, InvalidDicomError) as error:
+            headers.append(read_received(path))
+        except (OSError, InvalidDicomError, HeaderError) as error:
             errors.append(error)
     if errors and not headers:
         raise errors[0]

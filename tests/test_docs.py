@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer.main
 from conftest import REPOSITORY
 from typer.core import TyperGroup
@@ -105,11 +106,13 @@ def test_states_of_the_operation_guide_are_those_of_the_code() -> None:
     assert set(re.findall(r"^\| (\w[\w ]*?) \|", guide, re.MULTILINE)) - {"state"} == set(STYLE)
 
 
-def test_faults_are_caused_by_tests_that_exist() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (REPOSITORY / "docs" / "reliability.md").read_text())
-    rows = [line for line in (REPOSITORY / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")]
-    assert all("::test_" in row for row in rows if not row.startswith("| fault"))
-    for file, name in named:
+@pytest.mark.parametrize(("page", "head"), [("reliability.md", "fault"), ("security.md", "threat")])
+def test_rows_name_tests_that_exist(page: str, head: str) -> None:
+    tables = re.split(r"\n\n+", (REPOSITORY / "docs" / page).read_text())
+    rows = [line for table in tables if table.startswith(f"| {head} |") for line in table.splitlines()[2:]]
+    assert rows
+    assert all("::test_" in row for row in rows)
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", "\n".join(rows)):
         assert f"def {name}(" in (REPOSITORY / file).read_text(), f"{file} has no {name}"
 
 

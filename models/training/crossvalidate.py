@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from models.build import build
 from models.training import datasets
 from models.training.datasets import Patient
 from models.training.evaluate import Chance, figures_of, infection_chances, judge_infection, predictor
-from models.training.train import INFECTION_DESIGNS, TRAINING_PHANTOMS, Plan, build, fit, learners, patients_of
+from models.training.train import INFECTION_DESIGNS, TRAINING_PHANTOMS, Plan, fit, learners, patients_of
 
 #: Folds over the ten patients.
 FOLDS = 5

@@ -14,14 +14,15 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from importlib.metadata import version as installed
+from inspect import getmodule
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.build import build, network_class
 from models.registry import BUNDLES, WEIGHTS, Bundle, data_format, load_bundle
 from models.runtime import export
 from models.training import datasets
@@ -46,7 +47,7 @@ from models.training.evaluate import (
 )
 from models.training.pictures import draw_cases, draw_reliability
 from models.training.sampling import HU_RANGE, Task, normalise
-from models.training.train import PLANS, TRAINING_PHANTOMS, Plan, build, patients_of
+from models.training.train import PLANS, TRAINING_PHANTOMS, Plan, patients_of
 
 _SETS = {
     "covid-seg-20": "COVID-19-CT-Seg-20, ten patients of coronacases.org (Ma et al. 2020), CC BY-NC-SA 4.0",
@@ -247,9 +248,7 @@ def _licence(sources: Iterable[str]) -> str:
 def _card(
     task: Task, plan: Plan, metadata: dict[str, Any], results: _Results, limits: Sequence[str], notes: str
 ) -> str:
-    network = (
-        (import_module(plan.network["_target_"].rpartition(".")[0]).__doc__ or "").split("\n\n")[0].replace("\n", " ")
-    )
+    network = (getmodule(network_class(plan.network)).__doc__ or "").split("\n\n")[0].replace("\n", " ")
     context = metadata["context"]
     seen = f"axial slices, each with {context} neighbours on either side," if context else "axial slices"
     low, high = metadata["hu_range"]

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from models.build import build
 from models.training import datasets
 from models.training.datasets import Patient
 from models.training.sampling import Slices, Task
@@ -136,14 +136,6 @@ def patients_of(task: Task, data: Path) -> list[Patient]:
     if task == "lungs":
         return patients + datasets.finding_lungs(slices)
     return patients + datasets.semiseg(slices) + datasets.healthy_finding_lungs(slices)
-
-
-def build(definition: dict[str, Any]) -> nn.Module:
-    """The network of a plan."""
-    module, _, name = definition["_target_"].rpartition(".")
-    parameters = {key: value for key, value in definition.items() if key != "_target_"}
-    network: nn.Module = getattr(import_module(module), name)(**parameters)
-    return network
 
 
 def train(

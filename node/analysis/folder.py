@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import re
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -10,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from pydicom.errors import InvalidDicomError
-from pydicom.filereader import read_file_meta_info
 from rich.progress import Progress
 
 from node.images.volume import VolumeError
 from node.intake.assembly import Assembly, AssociationId, ClosedSeries
 from node.intake.header import HeaderError, InstanceHeader, read_header
+from node.intake.received import ReceivedFile
 from node.intake.spool import Stored
 from node.methods.pneumonia import pipeline
 from node.methods.pneumonia.serialise import summary
 from node.methods.pneumonia.triage import Verdict, triage
+from node.paths import InvalidUIDError, valid_uid, within
 from node.results import makers
 from node.tasks import segmenter
 
@@ -63,18 +63,18 @@ def analyse_folder(folder: Path, out: Path, device: str, progress: Progress) -> 
     several = len({one.series_instance_uid for _, one, _, _ in chosen}) > 1
     done = []
     for name, one, verdict, part in chosen:
-        target = out / one.series_instance_uid if several else out
-        if sum(other is one for _, other, _, _ in chosen) > 1:
-            target /= re.sub("[^a-z0-9.]+", "-", part.name)
         try:
+            target = within(out, valid_uid(one.series_instance_uid)) if several else out
+            if sum(other is one for _, other, _, _ in chosen) > 1:
+                target = within(target, re.sub("[^a-z0-9.]+", "-", part.name))
             done.append(_analyse(one, verdict, part, target, out, device, progress, bar))
-        except VolumeError as reason:
+        except (VolumeError, InvalidUIDError) as reason:
             reasons.append(f"{name}: not analysed: {reason}")
             missed.append(reasons[-1])
     if not done:
         raise NothingToAnalyse("\n".join(reasons) or f"no DICOM series in {folder}")
     for text in missed:
-        progress.console.print(text, style="yellow", highlight=False, soft_wrap=True)
+        progress.console.print(text, style="yellow", soft_wrap=True)
     return done
 
 
@@ -86,7 +86,7 @@ def closed_folder(folder: Path) -> list[ClosedSeries]:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
             assembly.received(association, _header(path), Stored(path, "new"))
-        except (HeaderError, InvalidDicomError, AttributeError):
+        except (HeaderError, InvalidDicomError):
             continue
     assembly.association_ended(association)
     assembly.tick()
@@ -98,16 +98,11 @@ def _header(path: Path) -> InstanceHeader:
 
     Raises
     ------
-    HeaderError, InvalidDicomError, AttributeError
-        The file is no Part 10 file, or holds no data set that can be filed.
+    HeaderError, InvalidDicomError, OSError
+        The file is no Part 10 file, cannot be read, or holds no data set that can be filed.
     """
-    meta = read_file_meta_info(path)
-    # Preamble and prefix, the group length element, and what it counts (PS3.10 7.1).
-    start = 128 + 4 + 12 + int(meta.FileMetaInformationGroupLength)
-    with path.open("rb") as file:
-        # Mapped, not read: the walk stops at the pixel data, so only the first pages come from disk.
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return read_header(memoryview(mapped)[start:], str(meta.TransferSyntaxUID))
+    with ReceivedFile(path) as file:
+        return read_header(file.dataset, file.transfer_syntax)
 
 
 def _analyse(

@@ -9,12 +9,13 @@ from contextlib import suppress
 from datetime import date, datetime
 from pathlib import Path
 
-from pydicom import dcmread
 from pydicom.dataset import Dataset
 from sqlalchemy import select
 
 from models.registry import ModelIdentity
+from node.intake.received import read_received
 from node.ledger.store import Analysis, Ledger, Series
+from node.paths import within
 from node.results.makers import Earlier
 
 #: Latest analyses that are looked at: reading so many headers takes about half a second, and in a hospital it is some
@@ -37,7 +38,7 @@ def results_of(ledger: Ledger, spool: Path, analysis: int, models: tuple[ModelId
         done = select(first_of, Analysis).join(Analysis.series).where(Analysis.state == "done")
         latest_first = done.where(Series.id != mine.series_id).order_by(Analysis.id.desc())
         candidates = [(name, one) for name, one in session.execute(latest_first.limit(LOOKED_AT)) if one.summary]
-    if (here := _header(spool / first)) is None or (today := _day(here)) is None or not here.get("PatientID"):
+    if (here := _header(spool, first)) is None or (today := _day(here)) is None or not here.get("PatientID"):
         return []
     by_study: dict[str, list[tuple[int, tuple[bool, float], Earlier]]] = {}
     for name, one in candidates:
@@ -45,7 +46,7 @@ def results_of(ledger: Ledger, spool: Path, analysis: int, models: tuple[ModelId
         made_by = [(model["name"], model["version"]) for model in summary["models"]]
         if made_by != [(model.name, model.version) for model in models]:
             continue
-        header = _header(spool / name)
+        header = _header(spool, name)
         if header is None or _who(header) != _who(here) or header.StudyInstanceUID == here.StudyInstanceUID:
             continue
         if (day := _day(header)) is not None and day < today:
@@ -59,10 +60,10 @@ def results_of(ledger: Ledger, spool: Path, analysis: int, models: tuple[ModelId
     return sorted(found, key=lambda one: one.day)
 
 
-def _header(path: Path) -> Dataset | None:
+def _header(spool: Path, name: str) -> Dataset | None:
     """What a received file says of its patient; None where it is gone or cannot be read."""
     with suppress(Exception):
-        return dcmread(path, specific_tags=list(_WHO), stop_before_pixels=True)
+        return read_received(within(spool, name), _WHO)
     return None
 
 

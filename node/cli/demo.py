@@ -21,7 +21,7 @@ from pydicom import dcmread
 from pynetdicom import evt
 from pynetdicom.presentation import AllStoragePresentationContexts, build_context
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn
 from rich.text import Text
 
 from models.phantom.phantom import phantom
@@ -31,9 +31,12 @@ from node.delivery.peer import VERIFICATION, Outgoing, PeerError, echo
 from node.delivery.push import push_all
 from node.identity import application_entity
 from node.images.phantom_series import write_series
+from node.intake.listener import CANNOT_UNDERSTAND
 from node.ledger.store import Series
 from node.operations.supervisor import LUNGNODE
+from node.paths import InvalidUIDError, valid_uid, within
 from node.tasks import Node
+from node.terminal import cell, progress
 
 #: The phantom of the demo: a thorax with ground glass and consolidation in both lungs.
 SEED = 7
@@ -110,7 +113,11 @@ def _archive(peer: Peer, folder: Path) -> Iterator[None]:
 
     def keep(event: evt.Event) -> int:
         request: Any = event.request
-        (folder / f"{request.AffectedSOPInstanceUID}.dcm").write_bytes(event.encoded_dataset())
+        try:
+            path = within(folder, f"{valid_uid(str(request.AffectedSOPInstanceUID))}.dcm")
+        except InvalidUIDError:
+            return CANNOT_UNDERSTAND
+        path.write_bytes(event.encoded_dataset())
         return 0x0000
 
     entity = application_entity(peer.ae_title)
@@ -162,7 +169,7 @@ def _wait_for_echo(me: Peer, node: subprocess.Popen[bytes], log_file: Path) -> N
 
 def _send(items: list[Outgoing], me: Peer, console: Console) -> None:
     refused: list[PeerError] = []
-    with _bars(console) as bars:
+    with progress(console, "{task.description}", MofNCompleteColumn()) as bars:
         bar = bars.add_task("C-STORE to LUNGNODE", total=len(items))
 
         def sent(_item: Outgoing, error: PeerError | None) -> None:
@@ -186,10 +193,10 @@ def _follow(here: Node, console: Console) -> Series:
             events = sorted((event for series in everything for event in series.events), key=lambda one: one.id)
             for event in events[shown:]:
                 line = Text.assemble(
-                    (f"  +{event.at - events[0].at:5.1f} s ", "dim"), (f"{event.stage:9} ", "bold"), event.text
+                    (f"  +{event.at - events[0].at:5.1f} s ", "dim"), (f"{event.stage:9} ", "bold"), cell(event.text)
                 )
                 console.print(line)
-                spinner.update(Text(f"{event.stage}: {event.text}"))
+                spinner.update(cell(f"{event.stage}: {event.text}"))
             shown = len(events)
             states = {render.state(series) for series in everything}
             analysed = [series for series in everything if series.analyses]
@@ -210,17 +217,17 @@ def _show(series: Series, out: Path, console: Console) -> None:
         if analysis.summary is not None:
             console.print(render.findings(analysis.summary))
         else:
-            console.print(Text(analysis.about(analysis.reason), style="yellow"))
+            console.print(cell(analysis.about(analysis.reason), "yellow"))
         console.print()
         for made in analysis.objects:
-            received = out / "archive" / f"{made.sop_instance_uid}.dcm"
+            received = within(out / "archive", f"{valid_uid(made.sop_instance_uid)}.dcm")
             if not received.exists():
                 continue
-            console.print(f"{made.kind:14} {_short(received)}", soft_wrap=True, highlight=False)
+            console.print(f"{made.kind:14} {_short(received)}", soft_wrap=True)
             if made.kind == "capture":
                 picture = out / (f"overlay-{number}.png" if number > 1 else "overlay.png")
                 _picture(received, picture)
-                console.print(f"{'picture':14} {_short(picture)}", soft_wrap=True, highlight=False)
+                console.print(f"{'picture':14} {_short(picture)}", soft_wrap=True)
     state = render.state(series)
     if state not in ("delivered", "not analysed"):
         raise DemoError(f"the journey ended as '{state}'; see {out / 'node.log'}")
@@ -239,17 +246,6 @@ def _picture(capture: Path, png: Path) -> None:
         picture = Image.fromarray(frame).resize((tile, tile), Image.Resampling.LANCZOS)
         montage.paste(picture, (side + n % 3 * tile, n // 3 * tile))
     montage.save(png)
-
-
-def _bars(console: Console) -> Progress:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=console, transient=True)
 
 
 def _short(path: Path) -> str:

@@ -9,15 +9,16 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn
+from rich.text import Text
 
 from node import __version__
 from node.cli import models
 from node.config import CONFIG_VARIABLE, ConfigError, Peer, Settings, load, schema
+from node.terminal import err, fail, out, progress
 
 if TYPE_CHECKING:
     from node.ledger.store import Ledger
@@ -27,6 +28,7 @@ app = typer.Typer(
     help="A DICOM node that segments pneumonia infection on chest CT and sends the results back to the PACS.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    pretty_exceptions_show_locals=False,  # they hold patient data
 )
 config_app = typer.Typer(help="Check settings, and print their schema.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
@@ -34,16 +36,13 @@ app.add_typer(models.models_app, name="models")
 app.command()(models.evaluate)
 app.command()(models.train)
 
-out = Console()
-err = Console(stderr=True)
-
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="Settings file.", envvar=CONFIG_VARIABLE)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        out.print(f"lungnode {__version__}", highlight=False)
+        out.print(f"lungnode {__version__}")
         raise typer.Exit
 
 
@@ -55,8 +54,10 @@ _Version = Annotated[
 
 @app.callback()
 def _main(version: _Version = False) -> None:
+    from node import permissions
     from node.telemetry import logs
 
+    permissions.keep_private()
     logs.configure("WARNING")  # commands that run as services say more
 
 
@@ -74,7 +75,8 @@ def up(config: Config = None) -> None:
     me = settings.listener
 
     def started() -> None:
-        err.print(f"lungnode {__version__} is up as [bold]{me.ae_title}[/] on port {me.port}; Ctrl-C stops it.")
+        up = Text.assemble((me.ae_title, "bold"), f" on port {me.port}; Ctrl-C stops it.")
+        err.print(Text(f"lungnode {__version__} is up as ") + up)
 
     commands = {
         "listener": ["listen"],
@@ -85,14 +87,14 @@ def up(config: Config = None) -> None:
         with stop_signal() as stop, broker(settings) as url:
             Supervisor(commands, _environment(config, url)).run(stop, started)
     except BrokerError as error:
-        _fail(str(error))
+        fail(str(error))
     err.print("stopped; what is still owed stands in the ledger.")
 
 
 @app.command()
 def listen(config: Config = None) -> None:
     """Receive series by C-STORE until stopped."""
-    from node import tasks
+    from node import permissions, tasks
     from node.intake import closing
     from node.operations.broker import BrokerError, broker
     from node.operations.supervisor import settle, stop_signal
@@ -104,6 +106,7 @@ def listen(config: Config = None) -> None:
         with stop_signal() as stop, broker(settings) as url:
             tasks.app.conf.broker_url = url
             here = tasks.Node.open(settings)
+            permissions.close(settings.data, everything=True)
             sweeper = tasks.Sweeper(here)
             sweeper.start()
             listener = closing.intake(here)
@@ -113,7 +116,7 @@ def listen(config: Config = None) -> None:
             listener.stop()
             sweeper.stop()
     except (BrokerError, OSError, ValueError) as error:
-        _fail(f"cannot listen on {settings.listener.host}:{settings.listener.port}: {error}")
+        fail(f"cannot listen on {settings.listener.host}:{settings.listener.port}: {error}")
 
 
 @app.command()
@@ -140,7 +143,7 @@ def work(
             os.environ.update(_environment(config, url))
             _work_on(queue, url)
     except BrokerError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _work_on(queue: str, url: str) -> None:
@@ -149,10 +152,15 @@ def _work_on(queue: str, url: str) -> None:
     Analysis runs in a child process, one at a time, so that a crash in a network or the kernel's out-of-memory killer
     takes the child and not the worker; delivery waits on the network, so threads serve it.
     """
+    import structlog
+
     from node import tasks
+    from node.delivery.stow import credentials_in_the_clear
 
     tasks.app.conf.broker_url = url
     if queue == "deliver":
+        for peer, what, hint in credentials_in_the_clear(tasks.node().settings):
+            structlog.get_logger(__name__).warning("credentials in the clear", peer=peer, what=what, mend=hint)
         # Not in the other worker, which forks: a child forked in the midst of a sweep inherits SQLite's locks for good.
         tasks.Sweeper(tasks.node()).start()
         # A thread for each peer, so that one that hangs delays nobody else's objects, and one to see that it does.
@@ -186,12 +194,12 @@ def analyse(
     """Analyse the chest CT series in a folder, offline: the same objects as the node makes, and an overlay PNG."""
     from node.analysis.folder import NothingToAnalyse, analyse_folder
 
-    with _progress("{task.description}") as progress:
+    with progress(err, "{task.description}") as bars:
         try:
-            done = analyse_folder(folder, out_folder, device, progress)
+            done = analyse_folder(folder, out_folder, device, bars)
         except NothingToAnalyse as reason:
-            progress.stop()
-            _fail(str(reason))
+            bars.stop()
+            fail(str(reason))
     if as_json:
         print(
             json.dumps([one.summary | {"acquisition": one.acquisition, "files": one.files} for one in done], indent=2)
@@ -202,7 +210,7 @@ def analyse(
     for one in done:
         out.print(findings(one.summary))
         for name in one.files:
-            out.print(f"  {out_folder / name}", soft_wrap=True, highlight=False)
+            out.print(f"  {out_folder / name}", soft_wrap=True)
 
 
 @app.command()
@@ -219,21 +227,21 @@ def send(
     target = _peer(settings, peer)
     items = Outgoing.below(folder)
     refused: list[str] = []
-    with _progress("{task.description}", MofNCompleteColumn()) as progress:
-        bar = progress.add_task(f"sending to {target.ae_title}", total=len(items))
+    with progress(err, "{task.description}", MofNCompleteColumn()) as bars:
+        bar = bars.add_task(f"sending to {target.ae_title}", total=len(items))
 
         def sent(item: Outgoing, error: PeerError | None) -> None:
-            progress.advance(bar)
+            bars.advance(bar)
             if error is not None:
                 refused.append(f"{item.path.name}: {error}")
 
         try:
             push_all(items, target, settings.listener.ae_title, sent)
         except PeerError as error:
-            progress.stop()
-            _fail(str(error))
+            bars.stop()
+            fail(str(error))
     for line in refused:
-        err.print(line, highlight=False)
+        err.print(line)
     err.print(f"{len(items) - len(refused)} sent, {len(refused)} refused" if items else f"no DICOM files in {folder}")
     if refused or not items:
         raise typer.Exit(1)
@@ -253,8 +261,8 @@ def echo(
     try:
         c_echo(target, settings.listener.ae_title)
     except PeerError as error:
-        _fail(str(error))
-    out.print(f"{target.ae_title} at {target.host}:{target.port} answers", highlight=False)
+        fail(str(error))
+    out.print(f"{target.ae_title} at {target.host}:{target.port} answers")
 
 
 @app.command()
@@ -272,7 +280,7 @@ def status(
     settings = _settings(config)
     for warning in () if as_json else (retention.pressure(settings), trouble(settings)):
         if warning:
-            err.print(warning, style="yellow", highlight=False)
+            err.print(warning, style="yellow")
     if series is None:
         everything = view.all_series(ledger)
         if as_json:
@@ -280,13 +288,13 @@ def status(
         elif everything:
             out.print(view.table(everything))
             for line in view.silent_peers(ledger):
-                out.print(line, style="yellow", highlight=False)
+                out.print(line, style="yellow")
         else:
-            out.print(f"nothing received yet ({ledger.engine.url.database})", highlight=False, soft_wrap=True)
+            out.print(f"nothing received yet ({ledger.engine.url.database})", soft_wrap=True)
         return
     one = view.find(ledger, series)
     if one is None:
-        _fail(f"no series {series}; `lungnode status` lists them")
+        fail(f"no series {series}; `lungnode status` lists them")
     if as_json:
         print(json.dumps(view.as_json([one])[0], indent=2))
     else:
@@ -306,10 +314,10 @@ def retry(
 
     ledger = _ledger(config)
     if everything == (series is not None):
-        _fail("name a series, or --all")
+        fail("name a series, or --all")
     one = view.find(ledger, series) if series else None
     if series and one is None:
-        _fail(f"no series {series}; `lungnode status` lists them")
+        fail(f"no series {series}; `lungnode status` lists them")
     count = sum(ledger.retry(row) for row in ([one.id] if one else ledger.series_ids()))
     out.print(f"{count} owed again" if count else "nothing failed, was refused or waits")
 
@@ -329,7 +337,7 @@ def demo(
     try:
         run(folder, out_folder, out)
     except DemoError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command()
@@ -342,19 +350,25 @@ def phantom(
     from node.images.phantom_series import write_series
 
     paths = write_series(make(seed, severity=2), out_folder, seed)
-    out.print(f"{len(paths)} slices in {out_folder}", highlight=False)
+    out.print(f"{len(paths)} slices in {out_folder}")
 
 
 @config_app.command("check")
 def config_check(file: Annotated[Path, typer.Argument(help="Settings file.")]) -> None:
-    """Check a settings file; each error names line, key and the mend."""
+    """Check a settings file; each error names line, key and fix, and hints say what had better be set."""
+    from node.delivery.stow import credentials_in_the_clear
+
     settings = _settings(file)
+    for peer, what, hint in credentials_in_the_clear(settings):
+        err.print(f"peer {peer}: {what}: {hint}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     out.print(
         f"{file} is good: {settings.listener.ae_title} on port {settings.listener.port}, "
         f"{len(settings.peers)} peers, {len(settings.routes)} routes",
         highlight=False,
         soft_wrap=True,
     )
+    for hint in settings.hints():
+        out.print(f"hint: {hint}", highlight=False, soft_wrap=True, markup=False, style="yellow")
 
 
 @config_app.command("schema")
@@ -367,7 +381,7 @@ def _settings(config: Path | None) -> Settings:
     try:
         return load(config)
     except ConfigError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _ledger(config: Path | None) -> Ledger:
@@ -381,13 +395,13 @@ def _ledger(config: Path | None) -> Ledger:
     settings = _settings(config)
     file = settings.data / LEDGER
     if not file.exists():
-        _fail(f"no ledger at {file}: nothing was received yet, or --config or the working folder is another's")
+        fail(f"no ledger at {file}: nothing was received yet, or --config or the working folder is another's")
     ledger = Ledger(f"sqlite:///{file}")
     try:
         ledger.migrate()
     except OperationalError as error:
         mend = retention.pressure(settings) or "look at its file system, and at what else has it open"
-        _fail(f"the ledger cannot be opened now ({error.orig}), what it holds is kept: {mend}")
+        fail(f"the ledger cannot be opened now ({error.orig}), what it holds is kept: {mend}")
     return ledger
 
 
@@ -404,17 +418,5 @@ def _peer(settings: Settings, name: str) -> Peer:
     host, _, port = address.rpartition(":")
     if not (ae_title and host and port.isdigit()):
         known = ", ".join(settings.peers) or "none"
-        _fail(f"no peer '{name}' in the settings (there: {known}), and it is not AE@HOST:PORT")
+        fail(f"no peer '{name}' in the settings (there: {known}), and it is not AE@HOST:PORT")
     return Peer(ae_title=ae_title, host=host, port=int(port))
-
-
-def _progress(text: str, *more: Any) -> Progress:
-    """A progress bar on standard error, so that standard output stays clean for pipes."""
-    return Progress(
-        SpinnerColumn(), TextColumn(text), BarColumn(), *more, TimeElapsedColumn(), console=err, transient=True
-    )
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(message, style="red", highlight=False, soft_wrap=True)
-    raise typer.Exit(1)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn
 from rich.table import Table
+from rich.text import Text
 
 from node.config import CONFIG_VARIABLE, ConfigError, load
+from node.terminal import err, fail, out, progress
 
 if TYPE_CHECKING:  # torch takes seconds to import, and every command of the node imports this module
     from models.registry import Bundle
@@ -23,9 +24,6 @@ TaskArgument = Annotated[Task, typer.Argument(help="Which of the two networks.")
 Data = Annotated[Path, typer.Option(help="Folder that holds slices/, the public data.", envvar="LUNGNODE_DATA")]
 
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="Settings file.", envvar=CONFIG_VARIABLE)]
-
-out = Console()
-err = Console(stderr=True)
 
 models_app = typer.Typer(help="List, check and bring in models.", no_args_is_help=True)
 
@@ -51,10 +49,10 @@ def evaluate(
     try:
         measured = load_bundle(bundle or task)
         _, patients = held_out(task, data, seed)
-        with _progress() as progress:
-            cases = list(progress.track(cases_of(task, measured, patients), len(patients), description="measuring"))
+        with progress(err, "{task.description}", MofNCompleteColumn()) as bars:
+            cases = list(bars.track(cases_of(task, measured, patients), len(patients), description="measuring"))
     except BundleError as error:
-        _fail(str(error))
+        fail(str(error))
     figures = figures_of(cases)
     drawn = []
     for source in sorted({case.patient.source for case in cases if f"Dice {task}" in case.values}):
@@ -65,7 +63,7 @@ def evaluate(
     else:
         out.print(_table(measured, figures))
     for file in drawn:
-        err.print(str(file), soft_wrap=True, highlight=False)
+        err.print(str(file), soft_wrap=True)
 
 
 def train(
@@ -82,7 +80,7 @@ def train(
 ) -> None:
     """Train one of the two networks on the public data and on phantoms; a run that was stopped goes on."""
     if (steps is None) == (minutes is None):
-        _fail("give either --steps or --minutes")
+        fail("give either --steps or --minutes")
     _require_data(data)
     import torch
 
@@ -92,15 +90,15 @@ def train(
     torch.set_num_threads(threads)
     folder = out_folder or Path("build/training") / task
     weights = run(task, data, folder, seed=seed, steps=steps, minutes=minutes)
-    out.print(f"weights: {weights}", soft_wrap=True, highlight=False)
+    out.print(f"weights: {weights}", soft_wrap=True)
     try:
         draw_curve(folder / "curve.jsonl", folder / "curve.png")
     except ImportError:
-        err.print("no picture of the run: install matplotlib, or `pip install lungnode[training]`", highlight=False)
+        err.print("no picture of the run: install matplotlib, or `pip install lungnode[training]`")
     except ValueError as error:
-        err.print(f"no picture of the run: {error}", soft_wrap=True, highlight=False)
+        err.print(f"no picture of the run: {error}", soft_wrap=True)
     else:
-        out.print(f"curve: {folder / 'curve.png'}", soft_wrap=True, highlight=False)
+        out.print(f"curve: {folder / 'curve.png'}", soft_wrap=True)
 
 
 @models_app.command("list")
@@ -109,7 +107,7 @@ def models_list(
     config: Config = None,
 ) -> None:
     """List the models: version, digest, licence and what was measured of them."""
-    from models.registry import BundleError, list_bundles, load_bundle
+    from models.registry import BundleError, list_bundles, load_bundle, shown
 
     folder = _installed(config)
     rows: list[dict[str, str]] = []
@@ -125,7 +123,7 @@ def models_list(
                 "name": bundle.name,
                 "version": bundle.version,
                 "digest": f"ok, {bundle.sha256[:12]}",
-                "licence": str(about.get("license", "not stated")),
+                "licence": shown(about.get("license", "not stated")),
                 "measured": "; ".join(_headlines(about)) or "nothing",
             }
         )
@@ -134,7 +132,7 @@ def models_list(
         return
     table = Table("model", "version", "digest", "licence", "measured")
     for row in rows:
-        table.add_row(*row.values(), style="red" if row["digest"].startswith("wrong") else None)
+        table.add_row(*map(Text, row.values()), style="red" if row["digest"].startswith("wrong") else None)
     out.print(table)
 
 
@@ -153,9 +151,9 @@ def models_verify(
             verify(bundle)
         except BundleError as error:
             wrong += 1
-            err.print(f"{one}: {error}", style="red", highlight=False, soft_wrap=True)
+            err.print(f"{one}: {error}", style="red", soft_wrap=True)
         else:
-            out.print(f"{bundle.name} {bundle.version}: digest ok, loads, runs", highlight=False)
+            out.print(f"{bundle.name} {bundle.version}: digest ok, loads, runs")
     if wrong:
         raise typer.Exit(1)
 
@@ -174,9 +172,9 @@ def models_install(
     try:
         bundle, left_out = install(file, _installed(config))
     except BundleError as error:
-        _fail(str(error))
+        fail(str(error))
     for one in left_out:
-        err.print(f"left out, not needed: {one}", highlight=False, soft_wrap=True)
+        err.print(f"left out, not needed: {one}", soft_wrap=True)
     _tell_installed(bundle)
 
 
@@ -195,31 +193,36 @@ def models_import_r231(
     try:
         _tell_installed(import_r231(file, _installed(config), name))
     except BundleError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _installed(config: Path | None) -> Path:
     try:
         return load(config).installed_models
     except ConfigError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _tell_installed(bundle: Bundle) -> None:
     channels = bundle.metadata["network_data_format"]["outputs"]["pred"]["num_channels"]
     role = "infection" if int(channels) == 1 else "lungs"
-    out.print(f"{bundle.name} {bundle.version} is in {bundle.path}", highlight=False, soft_wrap=True)
-    out.print(
-        f"To analyse with it, set in the settings: models: {{{role}: {bundle.name}}}", highlight=False, soft_wrap=True
-    )
+    out.print(f"{bundle.name} {bundle.version} is in {bundle.path}", soft_wrap=True)
+    out.print(f"To analyse with it, set in the settings: models: {{{role}: {bundle.name}}}", soft_wrap=True)
 
 
 def _headlines(metadata: dict[str, Any]) -> list[str]:
-    """Dice of each data set, cross-validated where that was done."""
-    figures = [*metadata.get("cross_validation", ()), *metadata.get("held_out", ())]
-    dice = {
-        one["source"]: one["mean"] for one in reversed(figures) if one["measure"] in ("Dice lungs", "Dice infection")
-    }
+    """Dice of each data set, cross-validated where that was done; nothing where figures have another form."""
+    from models.registry import shown
+
+    try:
+        figures = [*metadata.get("cross_validation", ()), *metadata.get("held_out", ())]
+        dice = {
+            shown(one["source"], 40): float(one["mean"])
+            for one in reversed(figures)
+            if one["measure"] in ("Dice lungs", "Dice infection")
+        }
+    except (KeyError, TypeError, ValueError):
+        return []
     return [f"Dice {value:.2f} on {source}" for source, value in dice.items()]
 
 
@@ -241,20 +244,4 @@ def _table(bundle: Bundle, figures: list[Figure]) -> Table:
 
 def _require_data(data: Path) -> None:
     if not (data / "slices").is_dir():
-        _fail(f"no data at {data / 'slices'}: --data or LUNGNODE_DATA must name the folder that holds slices/")
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=err,
-        transient=True,
-    )
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(message, style="red", highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
+        fail(f"no data at {data / 'slices'}: --data or LUNGNODE_DATA must name the folder that holds slices/")

@@ -11,7 +11,8 @@ from rich.text import Text
 from sqlalchemy import func, select
 from sqlalchemy.orm import selectinload
 
-from node.ledger.store import Analysis, Delivery, Ledger, Line, Object, Series
+from node.ledger.store import SET_ASIDE, Analysis, Delivery, Ledger, Line, Object, Series
+from node.terminal import cell
 
 _WHOLE = select(Series).options(
     selectinload(Series.events),
@@ -54,7 +55,7 @@ def find(ledger: Ledger, name: str) -> Series | None:
 def state(series: Series) -> str:
     """One word or two for where a series stands."""
     if not series.analyses:
-        return "kept"
+        return "failed" if series.verdict.startswith(SET_ASIDE) else "kept"
     states = {analysis.state for analysis in series.analyses}
     owed = deliveries(series)
     sent = {"stored" if _stored(delivery) else delivery.state for delivery in owed}
@@ -111,11 +112,11 @@ def table(series: list[Series]) -> Table:
         made.add_row(
             str(one.id),
             _time(one.closed_at, "%d %b %H:%M"),
-            Text(one.calling_ae),
+            cell(one.calling_ae),
             str(len(one.instances)),
             Text(word, style=STYLE[word]),
             f"{done}/{len(owed)}" if owed else "",
-            Text(_what(one)),
+            cell(_what(one)),
         )
     return made
 
@@ -127,7 +128,7 @@ def timeline(series: Series) -> Table:
         show_header=False,
         pad_edge=False,
         title_justify="left",
-        title=f"series {series.series_instance_uid}: {state(series)}",
+        title=cell(f"series {series.series_instance_uid}: {state(series)}", "table.title"),
     )
     made.add_column(justify="right", style="dim")
     made.add_column(style="bold")
@@ -135,16 +136,16 @@ def timeline(series: Series) -> Table:
     events = series.events
     start = events[0].at if events else series.closed_at
     for event in events:
-        made.add_row(f"{_time(event.at, '%H:%M:%S')}  +{event.at - start:.1f} s", event.stage, Text(event.text))
+        made.add_row(f"{_time(event.at, '%H:%M:%S')}  +{event.at - start:.1f} s", cell(event.stage), cell(event.text))
     for analysis in series.analyses:
         if analysis.state in ("waiting", "running"):
-            made.add_row("now", "analysis", Text(analysis.about(_owed(analysis))))
+            made.add_row("now", "analysis", cell(analysis.about(_owed(analysis))))
     for delivery in deliveries(series):
         if delivery.state in ("waiting", "running", "failed"):
             text = f"{delivery.object.kind} to {delivery.peer}: {_owed(delivery)}"
-            made.add_row("now", "delivery", Text(delivery.object.analysis.about(text)))
+            made.add_row("now", "delivery", cell(delivery.object.analysis.about(text)))
     for line in to_do(series):
-        made.add_row("", "to do", Text(line))
+        made.add_row("", "to do", cell(line))
     return made
 
 
@@ -180,7 +181,13 @@ def to_do(series: Series) -> list[str]:
             lines.append(f"mend what the reason says, then `lungnode retry {series.id}` analyses it again")
         elif analysis.state == "waiting" and analysis.attempts:
             lines.append(f"it is tried again by itself; `lungnode retry {series.id}` tries now")
-    if not series.complete:
+    if any(event.stage == "conflict" for event in series.events):
+        lines.append(
+            f"another peer sent other content under the UIDs of this series, and only what {series.calling_ae} sent is "
+            "used: see which of them is right; to take the other's, stop lungnode, remove "
+            f"spool/{series.study_instance_uid}/{series.series_instance_uid} and send the series from there"
+        )
+    if not series.complete and not series.verdict.startswith(SET_ASIDE):
         lines.append("send the series again: what is missing makes it whole, what is here is not stored twice")
     return lines
 
@@ -212,7 +219,7 @@ def findings(summary: dict[str, Any]) -> Table:
     ]
     rules = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
     for name, text in lines:
-        rules.add_row(name, text)
+        rules.add_row(name, cell(text))
     whole = Table.grid()
     for part in (made, Text(), rules, Text("research use; not for primary diagnosis", style="dim")):
         whole.add_row(part)

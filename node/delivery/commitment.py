@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 import structlog
@@ -26,6 +26,7 @@ from node.config import Peer, Settings
 from node.delivery.peer import NobodyThereError, PeerError, answering_association, hexadecimal, status_of
 from node.ledger.store import Commitment, Delivery, Ledger, Object, backoff_s, free
 from node.telemetry.logs import plainly
+from node.text import UID as UID_FORM
 
 log = structlog.get_logger(__name__)
 
@@ -73,7 +74,7 @@ def ask(ledger: Ledger, name: str, peer: Peer, calling_ae: str, stopping: thread
         answered = threading.Event()
 
         def heard(event: Any, answered: threading.Event = answered) -> tuple[int, None]:
-            status = _heard(ledger, event)
+            status = _heard(ledger, event, lambda peer: peer == name)
             answered.set()
             return status, None
 
@@ -128,7 +129,10 @@ def services(ledger: Ledger, settings: Settings) -> tuple[list[PresentationConte
             event.assoc.acceptor.supported_contexts = [build_context(Verification), context]
 
     def heard(event: Any) -> tuple[int, None]:
-        return _heard(ledger, event), None
+        caller = str(event.assoc.requestor.ae_title).strip()
+        names = settings.peer_names(caller) if caller in reporters(settings) else set[str]()
+        # What was asked of a peer that has another name in the settings by now may come from any that reports.
+        return _heard(ledger, event, lambda peer: peer in names or bool(names and peer not in settings.peers)), None
 
     return [context], [(evt.EVT_REQUESTED, requested), (evt.EVT_N_EVENT_REPORT, heard)]
 
@@ -138,15 +142,19 @@ def reporters(settings: Settings) -> set[str]:
     return {peer.ae_title for peer in settings.peers_that_may("receive").values() if peer.commitment != "off"}
 
 
-def report(ledger: Ledger, uid: str, kept: Collection[str], failed: Mapping[str, int]) -> bool:
-    """Record what a peer said of a transaction, by SOP instance UID; false for a transaction that we never began.
+def report(
+    ledger: Ledger, uid: str, kept: Collection[str], failed: Mapping[str, int], may_report: Callable[[str], bool]
+) -> bool:
+    """Record what a peer said of a transaction, by SOP instance UID.
+
+    False for a transaction that we never began, or began with a peer for which the caller may not report.
 
     An answer to an earlier request counts as well when it is good news; a failure counts only under the newest.
     """
     now = time.time()
     with ledger() as session:
         transaction = session.get(Commitment, uid)
-        if transaction is None:
+        if transaction is None or not may_report(transaction.peer):
             return False
         transaction.answered_at = now
         named = (Delivery.peer == transaction.peer, Object.sop_instance_uid.in_([*kept, *failed]))
@@ -224,26 +232,30 @@ def _unconfirmed(ledger: Ledger, session: Session, row: Delivery, reason: str, *
     ledger.tell_of(session, row, f"delivered, not confirmed: {reason}")
 
 
-def _heard(ledger: Ledger, event: Any) -> int:
-    """Take in one N-EVENT-REPORT (PS3.4 J.3.3); gives the status of our answer."""
+def _heard(ledger: Ledger, event: Any, may_report: Callable[[str], bool]) -> int:
+    """Take in one N-EVENT-REPORT (PS3.4 J.3.3), by name of the peer that was asked; gives the status of our answer."""
+    caller = {"calling_ae": event.assoc.remote["ae_title"], "address": event.assoc.remote["address"]}
     try:
         said = event.event_information
         uid = str(said.TransactionUID)
+        if not UID_FORM.match(uid):
+            raise ValueError("a Transaction UID that is none")
         kept = {str(item.ReferencedSOPInstanceUID) for item in said.get("ReferencedSOPSequence", ())}
         failed = {
             str(item.ReferencedSOPInstanceUID): int(item.get("FailureReason", PROCESSING_FAILURE))
             for item in said.get("FailedSOPSequence", ())
         }
     except Exception as error:  # a report can hold anything
-        log.warning("commitment report cannot be read", error=plainly(error))
+        log.warning("commitment report cannot be read", error=plainly(error), **caller)
         return INVALID_ARGUMENT
     try:
-        known = report(ledger, uid, kept - failed.keys(), failed)
+        known = report(ledger, uid, kept - failed.keys(), failed, may_report)
     except Exception as error:
-        log.error("commitment report not recorded, the peer is asked again", error=plainly(error))
+        log.error("commitment report not recorded, the peer is asked again", error=plainly(error), **caller)
         return PROCESSING_FAILURE
     if not known:
-        log.warning("commitment report of a transaction that is not ours", transaction=uid)
+        mend = "usually none: only the peer that was asked may report; it is asked again"
+        log.warning("commitment report of a transaction that is not the caller's", transaction=uid, mend=mend, **caller)
         return INVALID_ARGUMENT
     log.info("commitment", transaction=uid, kept=len(kept), failed=len(failed))
     return SUCCESS

@@ -24,7 +24,9 @@ from node.config import Peer
 from node.delivery import commitment, fallback
 from node.delivery.peer import MAX_CONTEXTS, ByAssociation, Outgoing, PeerError, association, contexts_for
 from node.delivery.stow import ByStow
+from node.intake.header import HeaderError
 from node.ledger.store import Analysis, Delivery, Lease, Ledger, LineLease, Object, Series, State, free
+from node.paths import UnsafePathError, within
 from node.results.forms import STOPPED
 from node.telemetry.logs import plainly
 
@@ -57,7 +59,8 @@ class Parcel:
     row: int
     kind: str
     study_uid: str
-    path: Path
+    #: Relative to the results' folder, as the ledger has it.
+    path: str
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Outbox:
                 if superseded_by is not None and is_free:
                     outdated = True
                 elif study_uid not in held and is_free:
-                    found.append((not urgent, Parcel(row, kind, study_uid, self.results / path)))
+                    found.append((not urgent, Parcel(row, kind, study_uid, path)))
                     if attempts:
                         troubled.add(study_uid)
                 elif attempts < ORDERED_ATTEMPTS:
@@ -147,13 +150,15 @@ class Outbox:
         """The objects of a batch; one whose file is gone or no DICOM is refused here."""
         read = []
         for parcel in batch:
-            if parcel.path.name.endswith(STOPPED):
+            if parcel.path.endswith(STOPPED):
                 self._refuse(parcel, "it did not pass its check and is never sent")
                 continue
             try:
-                read.append((parcel, Outgoing.read(parcel.path)))
-            except (FileNotFoundError, InvalidDicomError, AttributeError):
+                read.append((parcel, Outgoing.read(within(self.results, parcel.path))))
+            except (FileNotFoundError, InvalidDicomError, HeaderError, AttributeError):
                 self._refuse(parcel, "its file is gone or is no DICOM")
+            except UnsafePathError as error:
+                self._refuse(parcel, f"its file is not looked for: {error}")
             except OSError as error:
                 with self.ledger.lease("deliver", parcel.row) as lease:
                     if lease is not None:

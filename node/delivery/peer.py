@@ -19,6 +19,9 @@ from pynetdicom.presentation import PresentationContext, build_context
 
 from node.config import Peer
 from node.identity import application_entity
+from node.intake.header import HeaderError
+from node.intake.received import read_received
+from node.text import LENGTH, printable
 
 # Files go out from disk in fragments, never whole in memory (a 166 MB object took 145 MB instead of 547 MB).
 _config.STORE_SEND_CHUNKED_DATASET = True
@@ -86,7 +89,7 @@ class Outgoing:
         files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
         items = []
         for path in files:
-            with suppress(InvalidDicomError, AttributeError):
+            with suppress(InvalidDicomError, HeaderError, AttributeError):
                 items.append(cls.read(path))
         return items
 
@@ -96,10 +99,10 @@ class Outgoing:
 
         Raises
         ------
-        InvalidDicomError, AttributeError
-            It is not a Part 10 file, or names no SOP class, SOP instance or transfer syntax.
+        InvalidDicomError, HeaderError, AttributeError
+            It is not a Part 10 file, is damaged, or names no SOP class, SOP instance or transfer syntax.
         """
-        header = dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
+        header = read_received(path, ["SOPClassUID", "SOPInstanceUID"])
         meta = header.file_meta
         return cls(
             path,
@@ -275,7 +278,7 @@ def _no_association(made: Association, peer: Peer, reached: bool) -> PeerError:
         return NobodyThereError(f"no connection to {where}")
     if made.is_rejected:
         answer = made.acceptor.primitive
-        why = getattr(answer, "reason_str", "no reason given")
+        why = printable(str(getattr(answer, "reason_str", "no reason given")), LENGTH["LO"])
         # Result 1 is 'rejected permanent', 2 'rejected transient'. Most permanent rejections are an AE title that an
         # admin is about to enter: no object is given up for it, but the words say who has to act.
         for_good = getattr(answer, "result", 2) == 1

@@ -17,8 +17,10 @@ import structlog
 from sqlalchemy import delete, select
 
 from node.config import Settings
-from node.intake.spool import END
-from node.ledger.store import Commitment, Ledger, Series
+from node.intake.spool import ASIDE, ATTEMPTS, END, SENDER, files
+from node.ledger.store import SET_ASIDE, Commitment, Ledger, Series
+from node.paths import within
+from node.text import UID
 
 log = structlog.get_logger(__name__)
 
@@ -45,9 +47,11 @@ def drop_old(settings: Settings, ledger: Ledger) -> int:
     before = time.time() - settings.retention.days * _DAY_S
     dropped = 0
     for folder in sorted((settings.data / "spool").glob("*/*")):
-        if not _is_old(folder, before) or not _finished(ledger, folder.name, before) or not _remove(folder, before):
+        if not UID.match(folder.name) or not _is_old(folder, before):
             continue
-        _remove_tree(settings.data / "results" / folder.name)
+        if not _finished(ledger, folder.name, before) or not _remove(folder, before):
+            continue
+        _remove_tree(within(settings.data / "results", folder.name))
         with suppress(OSError):
             folder.parent.rmdir()  # the study, once it is empty
         with ledger() as session:
@@ -69,13 +73,14 @@ def _finished(ledger: Ledger, series_uid: str, before: float) -> bool:
         works = [analysis for one in generations for analysis in one.analyses]
         sent = [delivery for analysis in works for made in analysis.objects for delivery in made.deliveries]
         old = all(one.closed_at < before for one in generations)
-        return bool(generations) and old and all(work.state in _FINAL for work in (*works, *sent))
+        read = not any(one.verdict.startswith(SET_ASIDE) for one in generations)
+        return bool(generations) and old and read and all(work.state in _FINAL for work in (*works, *sent))
 
 
 def _is_old(folder: Path, before: float) -> bool:
     """Whether a series folder has files, and all of them came, or came again, before then."""
     with suppress(OSError):
-        return max((_came(path) for path in folder.glob("*.dcm")), default=before) < before
+        return max((_came(path) for path in files(folder)), default=before) < before
     return False
 
 
@@ -92,14 +97,18 @@ def _remove(folder: Path, before: float) -> bool:
 
     Its sender may begin to send it again at any time: what comes, or comes again, stays.
     """
-    files = list(folder.glob("*.dcm"))
-    if any(_came(path) >= before for path in files):
+    found = files(folder)
+    if any(_came(path) >= before for path in found):
         return False
-    for path in files:
+    for path in found:
         if _came(path) < before:
             path.unlink(missing_ok=True)
-    if not any(folder.glob("*.dcm")):
-        (folder / END).unlink(missing_ok=True)
+    for aside in folder.glob(f"{ASIDE}*"):
+        with suppress(OSError):
+            aside.rmdir()
+    if not files(folder):
+        for note in (END, SENDER, ATTEMPTS):
+            (folder / note).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
     return True

@@ -7,13 +7,13 @@ come from the shared and the per-frame functional groups (PS3.3 C.7.6.16).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import gdcm
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
@@ -29,6 +29,9 @@ from pydicom.uid import (
 )
 
 from node.images.geometry import VolumeError
+from node.intake.header import HeaderError
+from node.intake.received import ReceivedFile
+from node.text import uid as uid_text
 
 #: HU given to pixels that are declared as padding (PS3.3 C.7.5.1.1.2): the lowest value of an ordinary CT, as air.
 PADDING_HU = -1024
@@ -60,10 +63,9 @@ _PIXEL_KEYWORDS = [
     "PixelPaddingRangeLimit",
     "ExtendedOffsetTable",
     "ExtendedOffsetTableLengths",
-    "PixelData",
 ]
 _HEADER_KEYWORDS = [
-    *_PIXEL_KEYWORDS[:-3],
+    *_PIXEL_KEYWORDS[:-2],
     "SOPClassUID",
     "StudyInstanceUID",
     "SeriesInstanceUID",
@@ -143,12 +145,11 @@ def read_frames(path: Path) -> list[Frame]:
     OSError
         The file cannot be opened.
     """
-    with path.open("rb") as file:
-        dataset = _read(file, _HEADER_KEYWORDS, pixels=False)
-        # pydicom stopped before Pixel Data.
-        element = file.read(12)
-        offset = file.tell()
-    uid = str(dataset.get("SOPInstanceUID", ""))
+    with _received(path) as file:
+        dataset = file.header(_HEADER_KEYWORDS)
+        element = b"" if file.pixels_at is None else file.read(file.pixels_at, 12)
+        offset = (file.pixels_at or 0) + len(element)
+    uid = uid_text(dataset.get("SOPInstanceUID", ""))
     try:
         frames = _frames(path, dataset)
         if len(frames) == 1 and (words := _words(dataset, element, offset)):
@@ -183,7 +184,7 @@ def decode_frames(path: Path, frames: Sequence[Frame]) -> Iterator[NDArray[np.in
     OSError
         The file cannot be read.
     """
-    uid = frames[0].sop_instance_uid
+    uid = uid_text(frames[0].sop_instance_uid)
     if words := frames[0].words:
         try:
             stored = _stored_words(path, frames[0].matrix, words)
@@ -191,8 +192,13 @@ def decode_frames(path: Path, frames: Sequence[Frame]) -> Iterator[NDArray[np.in
             raise VolumeError(f"SOP instance {uid}: {error}") from None
         yield _to_hu(stored, frames[0], words.padding)
         return
-    dataset = _read(path, _PIXEL_KEYWORDS, pixels=True)
-    syntax = UID(dataset.file_meta.get("TransferSyntaxUID", ""))
+    with _received(path) as file:
+        dataset = file.header(_PIXEL_KEYWORDS)
+        syntax = UID(file.transfer_syntax)
+        try:
+            dataset.update(file.pixels(dataset))
+        except HeaderError as error:
+            raise VolumeError(f"SOP instance {uid}: {error}") from error
     if not dataset.get("PixelData"):
         raise VolumeError(f"SOP instance {uid}: no Pixel Data")
     try:
@@ -203,28 +209,28 @@ def decode_frames(path: Path, frames: Sequence[Frame]) -> Iterator[NDArray[np.in
             yield _to_hu(stored, frame, padding)
     except Exception as error:
         raise VolumeError(
-            f"SOP instance {uid}: Pixel Data in {syntax.name} cannot be decoded ({type(error).__name__})"
+            f"SOP instance {uid}: Pixel Data in {_named(syntax)} cannot be decoded ({type(error).__name__})"
         ) from error
 
 
-def _read(path: Path | BinaryIO, keywords: list[str], *, pixels: bool) -> Dataset:
+@contextmanager
+def _received(path: Path) -> Iterator[ReceivedFile]:
     try:
-        return pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=list(keywords))
+        with ReceivedFile(path) as file:
+            yield file
     except InvalidDicomError as error:
         raise VolumeError("one of the files is not a DICOM file") from error
-    except OSError:
-        raise
-    except Exception as error:
-        raise VolumeError(f"one of the files cannot be parsed as DICOM ({type(error).__name__})") from error
+    except HeaderError as error:
+        raise VolumeError(f"one of the files cannot be parsed as DICOM ({error})") from error
 
 
 def _frames(path: Path, dataset: Dataset) -> list[Frame]:
     sop_class = UID(dataset.get("SOPClassUID", ""))
     if sop_class not in (*_SINGLE_FRAME, *_MULTI_FRAME):
-        raise VolumeError(f"{sop_class.name or 'no SOP class'} is not a CT image")
+        raise VolumeError(f"{_named(sop_class) if sop_class else 'no SOP class'} is not a CT image")
     if "LOCALIZER" in (dataset.get("ImageType") or []):
         raise VolumeError("a localizer is not part of a volume")
-    if (samples := _require(dataset, "SamplesPerPixel")) != 1:
+    if (samples := int(_require(dataset, "SamplesPerPixel"))) != 1:
         raise VolumeError(f"{samples} samples per pixel: not a grey-scale image")
     if _require(dataset, "HighBit") != _require(dataset, "BitsStored") - 1:
         raise VolumeError("High Bit is not Bits Stored - 1 (PS3.5 8.1.1)")
@@ -236,6 +242,11 @@ def _frames(path: Path, dataset: Dataset) -> list[Frame]:
     if len(per_frame) != int(dataset.get("NumberOfFrames") or 1):
         raise VolumeError("as many functional groups as frames are needed")
     return [_frame(path, dataset, number, groups, shared) for number, groups in enumerate(per_frame, 1)]
+
+
+def _named(uid: UID) -> str:
+    """The standard's name of a UID, else the UID itself."""
+    return uid.name if uid.name != uid else uid_text(uid)
 
 
 def _frame(path: Path, dataset: Dataset, number: int | None, *groups: Dataset) -> Frame:
@@ -336,6 +347,8 @@ def _stored_words(path: Path, matrix: tuple[int, int], words: Words) -> NDArray[
 
 
 def _stored_values_by_gdcm(path: Path, dataset: Dataset) -> NDArray[Any]:
+    gdcm.Trace.WarningOff()  # it writes to standard error by itself, and may quote values
+    gdcm.Trace.ErrorOff()
     reader = gdcm.ImageReader()
     reader.SetFileName(str(path))
     if not reader.Read():

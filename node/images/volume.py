@@ -6,22 +6,30 @@ Only geometry and pixels live here; patient and study attributes stay in the fil
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from node.images.frames import Frame, decode_frames, read_frames
 from node.images.geometry import COSINE_TOLERANCE, VolumeError, regular_grid
+from node.text import uid
 
 #: Relative difference that Pixel Spacing may have within a series: half a pixel over a 512 matrix.
 PIXEL_SPACING_TOLERANCE = 1e-3
 
+#: Voxels of a volume, at most, for which memory is taken: 4 GiB as int16. The largest that scanners make are some 2,000
+#: slices of 1024 x 1024.
+MOST_VOXELS = 1 << 31
 
 __all__ = ["FileError", "SourceSlice", "Volume", "VolumeError", "read_volume"]
+
+
+_T = TypeVar("_T", str, tuple[int, int])
 
 
 class FileError(OSError):
@@ -91,8 +99,9 @@ def read_volume(paths: Sequence[Path]) -> Volume:
     ------
     VolumeError
         The files are not one regular CT volume: a gap, uneven spacing, duplicate positions, gantry tilt, more than
-        one orientation, matrix, pixel spacing, frame of reference or series, a file that is no CT image, or one
-        whose pixels cannot be decoded. Nothing is returned in part.
+        one orientation, matrix, pixel spacing, frame of reference or series, a file that is no CT image, one whose
+        pixels cannot be decoded or take more than its header says, or more voxels than `MOST_VOXELS`.
+        Nothing is returned in part.
     FileError
         A file cannot be read.
     """
@@ -113,6 +122,9 @@ def read_volume(paths: Sequence[Path]) -> Volume:
     sorted_frames = [frames[n] for n in order]
     place = {(frame.path, frame.number): k for k, frame in enumerate(sorted_frames)}
 
+    if len(frames) * first.matrix[0] * first.matrix[1] > MOST_VOXELS:
+        size = f"{len(frames)} slices of {first.matrix[0]} x {first.matrix[1]}"
+        raise VolumeError(f"{size} pixels are more than any volume that can be analysed")
     hu = np.empty((len(frames), *first.matrix), np.int16)
     for path, of_file in by_path.items():
         with _named(path):
@@ -142,10 +154,10 @@ def _named(path: Path) -> Iterator[None]:
 
 def _require_one_series(frames: Sequence[Frame]) -> None:
     """Refuse files that differ in what all slices of a volume share."""
-    _require_same("studies", (frame.study_instance_uid for frame in frames))
-    _require_same("series", (frame.series_instance_uid for frame in frames))
-    _require_same("frames of reference", (frame.frame_of_reference_uid for frame in frames))
-    _require_same("matrix sizes", (f"{f.matrix[0]} x {f.matrix[1]}" for f in frames))
+    _require_same("studies", [frame.study_instance_uid for frame in frames], uid)
+    _require_same("series", [frame.series_instance_uid for frame in frames], uid)
+    _require_same("frames of reference", [frame.frame_of_reference_uid for frame in frames], uid)
+    _require_same("matrix sizes", [frame.matrix for frame in frames], lambda matrix: f"{matrix[0]} x {matrix[1]}")
 
     first = frames[0]
     if not np.allclose([f.orientation for f in frames], first.orientation, rtol=0, atol=COSINE_TOLERANCE):
@@ -159,7 +171,7 @@ def _require_one_series(frames: Sequence[Frame]) -> None:
         )
 
 
-def _require_same(what: str, values: Iterable[str]) -> None:
+def _require_same(what: str, values: Iterable[_T], shown: Callable[[_T], str]) -> None:
     different = sorted(set(values))
     if len(different) > 1:
-        raise VolumeError(f"{len(different)} {what} in one series: {', '.join(different[:3])}")
+        raise VolumeError(f"{len(different)} {what} in one series: {', '.join(map(shown, different[:3]))}")

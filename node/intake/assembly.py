@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,11 @@ from typing import Literal
 import structlog
 
 from node.intake.header import InstanceHeader
-from node.intake.spool import Stored
+from node.intake.spool import Adoption, Stored
 from node.intake.stack import FEWEST, GAP_STEPS, Tiling, count_reached, numbers_missing, tile
 from node.telemetry.logs import plainly
 
-__all__ = ["Assembly", "AssociationId", "ClosedSeries", "Ending", "InstanceHeader"]
+__all__ = ["Assembly", "AssociationId", "ClosedSeries", "Conflict", "Ending", "InstanceHeader"]
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -42,6 +42,9 @@ Ending = Literal["released", "idle", "aborted"]
 #: Series whose refused instances are remembered after they were closed; beyond it the oldest are forgotten.
 _REMEMBERED = 1000
 
+#: Series of which it is remembered what another sender has sent; beyond it those that came longest ago are forgotten.
+_REMEMBERED_OTHERS = 200
+
 #: Seconds that an answer to how many instances there are is waited for.
 ANSWER_S = 10.0
 
@@ -51,11 +54,30 @@ RETRY_S = 5.0
 
 @dataclass(frozen=True)
 class AssociationId:
-    """One association: a number of our own, and the AE titles of its ends."""
+    """One association: a number of our own, the AE titles of its ends, and the address that it came from."""
 
     number: int
     calling_ae: str
     called_ae: str
+    address: str = ""
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Another sender than the one that a series belongs to sent something else of it."""
+
+    study_instance_uid: str
+    series_instance_uid: str
+    #: AE title that the series belongs to, AE title of the other sender, and the address that it called from.
+    belongs_to: str
+    sender: str
+    address: str
+    #: Instances of the series that it sent with other content; those that were here first are kept.
+    differing: int
+    #: Instances that the series does not have; kept beside it.
+    extra: int
+    #: Instances of the series.
+    held: int
 
 
 @dataclass(frozen=True)
@@ -86,6 +108,11 @@ class Assembly:
     is closed again as a whole, larger set, this time only after the quiet period: its sender has shown that the end of
     an association is not the end of the series.
 
+    A series belongs to the AE title that sent its first instance. What another one sends is compared once the series
+    itself is closed: where that sender has sent every instance of the series with the same content, as a PACS that
+    forwards what the scanner sent here too, what else it sent joins the series; else that is a conflict, and none of it
+    does. So nobody can replace, or add to, what another has sent.
+
     Parameters
     ----------
     on_closed
@@ -105,6 +132,10 @@ class Assembly:
     ended
         (study UID, series UID, instances) of a series whose sender came to an end of it: for `restore`, should the
         node go down before it is closed. None withdraws that: the series goes on, or was closed as incomplete.
+    adopt
+        `node.intake.spool.Spool.adopt`: (study UID, series UID, AE title, SOP instance UIDs that it sent alike).
+    conflict
+        Takes each conflict, from the thread that calls `tick`. When it raises, it is offered again.
     clock
         Monotonic seconds.
     """
@@ -118,6 +149,8 @@ class Assembly:
         lacking: Callable[[str, str], bool] | None = None,
         count: Callable[[str, str, str, Callable[[int | None], None]], bool] | None = None,
         ended: Callable[[str, str, int | None], None] = lambda _study, _series, _instances: None,
+        adopt: Callable[[str, str, str, Collection[str]], Adoption] | None = None,
+        conflict: Callable[[Conflict], None] = lambda _conflict: None,
         grace_s: float = GRACE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -129,6 +162,8 @@ class Assembly:
         self._closed_lacking = lacking or (lambda _study, _series: False)
         self._count = count or (lambda _ae, _study, _series, _tell: False)
         self._ended = ended
+        self._adopt = adopt or (lambda _study, _series, _sender, _same: Adoption(False, 0, 0, frozenset()))
+        self._conflict = conflict
         self._clock = clock
         self._open: dict[_Key, _OpenSeries] = {}
         #: The series that each association sent last: it may be in the midst of it.
@@ -139,6 +174,8 @@ class Assembly:
         self._lacking: dict[_Key, set[str]] = {}
         #: Series that each association sends again though they are complete.
         self._in_vain: dict[AssociationId, set[_Key]] = {}
+        #: What others sent of series that do not belong to them, by series and AE title, in order of arrival.
+        self._others: dict[tuple[_Key, str], _Other] = {}
         #: Series closed so far.
         self._closings = 0
         self._lock = threading.RLock()
@@ -154,6 +191,9 @@ class Assembly:
     def received(self, association: AssociationId, header: InstanceHeader, stored: Stored) -> None:
         """An instance has been stored. What was there before ('same', 'differs') opens no series that is complete."""
         key = (header.study_instance_uid, header.series_instance_uid)
+        if stored.belongs_to:
+            self._received_of_other(association, key, header, stored)
+            return
         with self._lock:
             self._sending[association] = key
             self._silent.pop(association, None)
@@ -175,6 +215,25 @@ class Assembly:
             first = series.touch(association, self._clock())
         if first:
             self._note(key)
+
+    def _received_of_other(self, association: AssociationId, key: _Key, header: InstanceHeader, stored: Stored) -> None:
+        with self._lock:
+            self._sending.pop(association, None)
+            self._silent.pop(association, None)
+            name = (key, association.calling_ae)
+            # At the end again, as the one that came last.
+            other = self._others.pop(name, None) or _Other(stored.belongs_to, association)
+            self._others[name] = other
+            if len(self._others) > _REMEMBERED_OTHERS:
+                waits = (one for one, its in self._others.items() if its.examined)
+                self._others.pop(next(waits, next(iter(self._others))))
+            other.came(association, header.sop_instance_uid, stored, self._clock())
+
+    def restore_other(self, association: AssociationId, study_uid: str, series_uid: str, belongs_to: str) -> None:
+        """What another sender sent of a series was found on disk after a restart, and may not be told of yet."""
+        with self._lock:
+            other = _Other(belongs_to, association, last=self._clock())
+            self._others[(study_uid, series_uid), association.calling_ae] = other
 
     def refused(self, association: AssociationId, header: InstanceHeader) -> None:
         """An instance was not stored, through no fault of its own: until it comes again, its series lacks it."""
@@ -202,6 +261,10 @@ class Assembly:
             self._sending.pop(association, None)
             self._silent.pop(association, None)
             self._in_vain.pop(association, None)
+            for other in self._others.values():
+                if association in other.associations:
+                    other.associations.discard(association)
+                    other.ended_at, other.ending = self._clock(), ending
             for series in self._open.values():
                 if association in series.associations:
                     series.end(association, ending, self._clock())
@@ -242,10 +305,14 @@ class Assembly:
         """Close what can be closed."""
         with self._ticking:
             with self._lock:
-                due = [series for series in list(self._open.values()) if self._is_due(series)]
+                due = [series for series in list(self._open.values()) if self._is_due_or_fails(series)]
                 closing = [(series, series.closed(self._clock()), series.extent) for series in due]
             for series, closed, extent in closing:
                 self._close(series, closed, extent)
+            with self._lock:
+                others = [(*name, other) for name, other in self._others.items() if self._may_be_compared(name, other)]
+            for key, sender, other in others:
+                self._compare(key, sender, other)
 
     @property
     def open_series(self) -> int:
@@ -286,6 +353,16 @@ class Assembly:
             log.error("earlier instances of the series cannot be read", series=key[1], error=plainly(error))
             return {}
 
+    def _is_due_or_fails(self, series: _OpenSeries) -> bool:
+        """`_is_due`; a series that cannot be judged holds up no other, and comes to its end after the quiet period."""
+        try:
+            return self._is_due(series)
+        except Exception as error:
+            log.error("the series cannot be judged", series=series.key[1], error=plainly(error))
+            reason = f"incomplete: its slices cannot be compared ({type(error).__name__})"
+            series.verdict = (False, f"{reason}; no instance came for {self._quiet_s:g} s", False)
+            return bool(series.instances) and self._clock() - series.last >= self._quiet_s
+
     def _is_due(self, series: _OpenSeries) -> bool:
         """Whether to close now; leaves the verdict in `series`."""
         now = self._clock()
@@ -311,6 +388,55 @@ class Assembly:
             return False
         series.verdict = series.judge("the association ended")
         return series.verdict[0]
+
+    def _may_be_compared(self, name: tuple[_Key, str], other: _Other) -> bool:
+        """Whether it is time to compare what another sender sent, with the series that is closed."""
+        now = self._clock()
+        if other.examined or name[0] in self._open or now < other.retry_at:
+            return False
+        other.over = now - other.last >= self._quiet_s
+        ended = not other.associations and other.ended_at is not None and now - other.ended_at >= self._grace_s
+        return other.over or (ended and not other.tried)
+
+    def _compare(self, key: _Key, sender: str, other: _Other) -> None:
+        """Take what another sender sent into the series, or record a conflict once no more of it comes."""
+        with self._lock:
+            extent, same, over = other.extent, frozenset(other.same), other.over
+        try:
+            # Outside the lock: it may have to read files.
+            found = self._adopt(*key, sender, same)
+            differing = other.differing | found.differing
+            if found.agreed:
+                other.joining |= found.extra > 0
+                if other.joining or self._lacks(key):
+                    self._join(key, other)
+            elif over and (found.extra or differing):
+                self._conflict(
+                    Conflict(*key, other.belongs_to, sender, other.address, len(differing), found.extra, found.held)
+                )
+        except Exception as error:
+            log.error("what another sender sent of a series is not compared yet", series=key[1], error=plainly(error))
+            other.retry_at = self._clock() + RETRY_S
+            return
+        with self._lock:
+            if other.extent == extent:
+                other.tried, other.examined = True, over or found.agreed
+                if found.agreed:
+                    self._others.pop((key, sender), None)
+
+    def _join(self, key: _Key, other: _Other) -> None:
+        """Open a series again with what another sender has added to it, or has come to the end of."""
+        sender = AssociationId(0, other.belongs_to, other.called_ae, other.address)
+        recalled = self._recalled(key)
+        if not recalled:
+            raise OSError("no instance of the series can be read")
+        with self._opened(sender, key, next(iter(recalled.values()))[0]) as series:
+            for sop_instance_uid, one in recalled.items():
+                series.instances.setdefault(sop_instance_uid, one)
+                series.refused.discard(sop_instance_uid)
+            series.touch(sender, self._clock())
+            series.end(sender, other.ending, self._clock())
+        self._note(key)
 
     def _ask(self, series: _OpenSeries) -> None:
         """Ask its sender how many instances it has."""
@@ -481,6 +607,44 @@ class _OpenSeries:
             only_gaps=self.verdict[2],
             offered_for_s=0.0 if self.offered_at is None else now - self.offered_at,
         )
+
+
+class _Other:
+    """What another sender than the one that a series belongs to sent of it."""
+
+    def __init__(self, belongs_to: str, association: AssociationId, last: float = 0.0) -> None:
+        self.belongs_to = belongs_to
+        self.called_ae, self.address = association.called_ae, association.address
+        #: SOP instance UIDs of the series that it sent with the content that is here, and with other content.
+        self.same: set[str] = set()
+        self.differing: set[str] = set()
+        #: Instances so far, of whatever kind.
+        self.extent = 0
+        self.associations: set[AssociationId] = set()
+        self.last = last
+        self.ended_at: float | None = None
+        self.ending: Ending = "released"
+        #: Whether the quiet period is over, so that no more of it is waited for.
+        self.over = False
+        #: Whether it was compared since the last instance came, and whether it need not be again until more comes.
+        self.tried = False
+        self.examined = False
+        #: Whether instances of it have joined the series, which is yet to be opened again for them.
+        self.joining = False
+        self.retry_at = 0.0
+
+    def came(self, association: AssociationId, sop_instance_uid: str, stored: Stored, now: float) -> None:
+        """An instance of it was stored."""
+        self.called_ae, self.address = association.called_ae, association.address
+        self.associations.add(association)
+        self.last, self.ended_at = now, None
+        self.tried = self.examined = False
+        self.extent += 1
+        if stored.outcome == "differs":
+            self.differing.add(sop_instance_uid)
+            self.same.discard(sop_instance_uid)
+        elif not stored.aside and sop_instance_uid not in self.differing:
+            self.same.add(sop_instance_uid)
 
 
 def _dense(tiling: Tiling, headers: list[InstanceHeader]) -> bool:

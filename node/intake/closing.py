@@ -6,17 +6,21 @@ import fcntl
 import os
 import threading
 import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import structlog
 from pydicom import Dataset
-from sqlalchemy import func, select
+from sqlalchemy import case, func, select
+from sqlalchemy.exc import OperationalError
 
+from node.config import Route
 from node.delivery import commitment, superseding
-from node.intake.assembly import Assembly, AssociationId, ClosedSeries
+from node.intake.assembly import Assembly, AssociationId, ClosedSeries, Conflict
 from node.intake.listener import Listener, ListenerOptions
 from node.intake.series_count import Counter
-from node.intake.spool import Spool
-from node.ledger.store import Analysis, Series
+from node.intake.spool import Spool, attempts, begin_attempt, end_attempt
+from node.ledger.store import SET_ASIDE, Analysis, Series
 from node.methods.pneumonia.triage import Verdict, triage
 from node.tasks import Node, first_header, ring
 from node.telemetry import logs
@@ -29,6 +33,10 @@ SETTLED_S = 120.0
 #: Seconds for which a series of which no file can be read is offered again before it is told of: long enough to start
 #: a machine or mount a file system anew.
 UNREADABLE_S = 600.0
+
+#: Attempts to read a series, each of which ended the process or failed, after which nobody reads it again: no file may
+#: keep the listener from starting, or from closing other series.
+MOST_ATTEMPTS = 3
 
 #: Series of a lost ledger that are open at a time.
 OPEN_AT_ONCE = 50
@@ -58,6 +66,8 @@ def intake(here: Node) -> Listener:
         lacking=here.ledger.lacks,
         count=counter.ask,
         ended=spool.end,
+        adopt=spool.adopt,
+        conflict=lambda conflict: conflict_found(here, conflict),
     )
     _take_up(here, spool, assembly)
     senders = {peer.ae_title for peer in here.settings.peers_that_may("send").values()}
@@ -69,6 +79,7 @@ def intake(here: Node) -> Listener:
         known_peers=None if me.accept == "any" else frozenset(senders),
         max_associations=me.max_associations,
         transport=me.transport,
+        addresses=here.settings.peer_addresses(here.settings.data / "addresses.json"),
     )
     contexts, handlers = commitment.services(here.ledger, here.settings)
     return Listener(options, spool, assembly, contexts=contexts, handlers=handlers, stopped=counter.stop)
@@ -82,27 +93,63 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
     OSError
         Its files are there and none can be read now.
     """
-    closed_because, complete = closed.reason, closed.complete
+    folder = closed.paths[0].parent
+    if attempts(folder) >= MOST_ATTEMPTS:
+        _record(here, _Judged(replace(closed, complete=False), [_set_aside(here, folder)], None, False))
+        return
+    before = begin_attempt(folder)
+    try:
+        _record(here, _judge(here, closed))
+    except (OSError, OperationalError):
+        end_attempt(folder, before)  # no fault of the series: the disk or the ledger may be well again soon
+        raise
+    end_attempt(folder, 0)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What was decided about a closed series."""
+
+    closed: ClosedSeries
+    verdicts: list[Verdict]
+    route: Route | None
+    urgent: bool
+
+
+def _judge(here: Node, closed: ClosedSeries) -> _Judged:
     try:
         verdicts = triage(closed)
         header = first_header(closed.paths)
         names = here.settings.peer_names(closed.calling_ae)
         route = next((route for route in here.settings.routes if route.takes(names, header)), None)
-        urgent = _urgent(header) or (route is not None and route.urgent)
+        return _Judged(closed, verdicts, route, _urgent(header) or (route is not None and route.urgent))
     except Exception as error:
-        route, urgent = None, False
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             if closed.offered_for_s < UNREADABLE_S:
                 raise  # it may pass (EMFILE, EIO, ESTALE): the assembly offers the series again
             # Not complete, so that its sender, or the next start, may bring it again.
-            complete, closed_because = False, f"incomplete: what was kept of it cannot be read; {closed.reason}"
+            because = f"incomplete: what was kept of it cannot be read; {closed.reason}"
             where = closed.paths[0].parent.relative_to(here.settings.data)
             mend = f"mend the disk, or remove {where}, then send the series again"
             why = f"not analysed: none of its files can be read ({logs.plainly(error)}); {mend}"
-            verdicts = [Verdict(False, why)]
-        else:
-            # Whatever is wrong with its header, the series must come to an end that can be seen.
-            verdicts = [Verdict(False, f"not analysed: its header cannot be read ({logs.plainly(error)})")]
+            return _Judged(replace(closed, complete=False, reason=because), [Verdict(False, why)], None, False)
+        # Whatever is wrong with its header, the series must come to an end that can be seen.
+        why = f"not analysed: its header cannot be read ({logs.plainly(error)})"
+        return _Judged(closed, [Verdict(False, why)], None, False)
+
+
+def _set_aside(here: Node, folder: Path) -> Verdict:
+    where = folder.relative_to(here.settings.data)
+    return Verdict(
+        False,
+        f"{SET_ASIDE}, as the listener failed or ended {attempts(folder)} times while it read the series; all "
+        f"that was received is kept in {where}; the log says how it ended; to try again, move that folder away and "
+        "send the series again",
+    )
+
+
+def _record(here: Node, judged: _Judged) -> None:
+    closed, verdicts, route = judged.closed, judged.verdicts, judged.route
     decision = "; ".join(f"{one.acquisition}: {one.reason}" if one.acquisition else one.reason for one in verdicts)
     if any(one.analyse for one in verdicts):
         decision = "not analysed: no route takes it" if route is None else f"route '{route.name}': {decision}"
@@ -114,21 +161,21 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
             [header.sop_instance_uid for header in closed.instances],
             calling_ae=closed.calling_ae,
             instances=[str(path.relative_to(here.spool)) for path in closed.paths],
-            complete=complete,
-            closed_because=closed_because,
+            complete=closed.complete,
+            closed_because=closed.reason,
             verdict=decision,
         )
         if series is None:
             log.info("received again, unchanged", series=closed.series_instance_uid)
             return
-        here.ledger.tell(session, series.id, "received", f"{len(closed.paths)} instances: {closed_because}")
+        here.ledger.tell(session, series.id, "received", f"{len(closed.paths)} instances: {closed.reason}")
         here.ledger.tell(session, series.id, "triage", decision)
         for verdict in verdicts:
             if route is not None and (verdict.analyse or (verdict.tell and route.tell_not_analysed)):
                 series.analyses.append(
                     Analysis(
                         route=route.name,
-                        urgent=urgent,
+                        urgent=judged.urgent,
                         destinations={peer: list(kinds) for peer, kinds in route.to.items()},
                         tell=route.tell_not_analysed,
                         not_analysed=None if verdict.analyse else verdict.reason.removeprefix("not analysed: "),
@@ -142,6 +189,42 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
         bells = [analysis.id for analysis in series.analyses]
     log.info("triaged", series=closed.series_instance_uid, decision=decision)
     ring("analyse", bells)
+
+
+def conflict_found(here: Node, conflict: Conflict) -> None:
+    """Record that another peer sent something else of a series than the peer that it belongs to."""
+    owner, other, what = conflict.belongs_to, conflict.sender, list[str]()
+    if conflict.differing:
+        what.append(f"{conflict.differing} instances with other content than those of {owner}, which are kept")
+    if conflict.extra:
+        what.append(
+            f"{conflict.extra} instances that {owner} did not send; they are kept beside the series and are no part of "
+            f"it, as {other} did not send all {conflict.held} instances of the series with the same content"
+        )
+    text = f"the series belongs to {owner}; {other} sent {', and '.join(what)}"
+    with here.ledger() as session:
+        mine = select(Series).where(
+            Series.study_instance_uid == conflict.study_instance_uid,
+            Series.series_instance_uid == conflict.series_instance_uid,
+        )
+        row = session.scalars(mine.order_by(Series.id.desc()).limit(1)).first()
+        said = [event.text for event in row.events if event.stage == "conflict"] if row is not None else []
+        # What is found on disk after a restart, without an address, was mostly recorded when it came, and in full.
+        known = any(one.startswith(text) or (not conflict.address and f"; {other} sent " in one) for one in said)
+        if row is not None and not known:
+            here.ledger.tell(session, row.id, "conflict", f"{text} (it called from {conflict.address or 'unknown'})")
+    if not known:
+        mend = "find out why two peers send different content under the same UIDs; `lungnode status` has what to do"
+        log.warning(
+            "conflict between senders of a series",
+            series=conflict.series_instance_uid,
+            belongs_to=owner,
+            calling_ae=other,
+            address=conflict.address,
+            differing=conflict.differing,
+            extra=conflict.extra,
+            mend=mend,
+        )
 
 
 def _urgent(header: Dataset) -> bool:
@@ -162,32 +245,70 @@ def _take_up(here: Node, spool: Spool, assembly: Assembly) -> None:
     lost = []
     for one in spool.all_series():
         key = one.study_uid, one.series_uid
+        for other in one.others:
+            sender = AssociationId(0, other, here.settings.listener.ae_title)
+            assembly.restore_other(sender, *key, spool.belongs_to(*key))
         instances, complete = known.get(key, (0, False))
         if one.instances <= instances and (complete or not spool.ended(*key, one.instances)):
             continue
         if key not in known and one.last_at < settled:
             lost.append(key)
         else:
-            _restore(spool, assembly, key, closed=False)
+            _restore(here, spool, assembly, key, closed=False)
     if lost:
         log.warning("the ledger lacks spooled series; they are judged anew", series=len(lost))
-        threading.Thread(target=_restore_lost, args=(spool, assembly, lost), name="restore", daemon=True).start()
+        arguments = (here, spool, assembly, lost)
+        threading.Thread(target=_restore_lost, args=arguments, name="restore", daemon=True).start()
 
 
-def _restore_lost(spool: Spool, assembly: Assembly, lost: list[tuple[str, str]]) -> None:
+def _restore_lost(here: Node, spool: Spool, assembly: Assembly, lost: list[tuple[str, str]]) -> None:
     for key in lost:
         while assembly.open_series >= OPEN_AT_ONCE:
             time.sleep(1)
-        _restore(spool, assembly, key, closed=True)
+        _restore(here, spool, assembly, key, closed=True)
 
 
-def _restore(spool: Spool, assembly: Assembly, key: tuple[str, str], *, closed: bool) -> None:
-    found = spool.series(*key)
-    for one in found[:1]:
-        sender = AssociationId(0, one.calling_ae, one.called_ae)
-        ended = spool.ended(*key, len(found))
-        assembly.restore(sender, ((one.header, one.path) for one in found), ended=ended, closed=closed)
-        log.info("open before the restart", series=key[1], instances=len(found), ended=ended, closed_before=closed)
+def _restore(here: Node, spool: Spool, assembly: Assembly, key: tuple[str, str], *, closed: bool) -> None:
+    """Open a series again, or set it aside; whatever is wrong with it, the others go on."""
+    try:
+        folder = spool.folder(*key)
+        if attempts(folder) >= MOST_ATTEMPTS:
+            _end_unread(here, spool, key)
+            return
+        before = begin_attempt(folder)
+        found = spool.series(*key)
+        for one in found[:1]:
+            sender = AssociationId(0, spool.belongs_to(*key) or one.calling_ae, one.called_ae)
+            ended = spool.ended(*key, len(found))
+            assembly.restore(sender, ((one.header, one.path) for one in found), ended=ended, closed=closed)
+            log.info("open before the restart", series=key[1], instances=len(found), ended=ended, closed_before=closed)
+        if found:
+            end_attempt(folder, before)  # those of before count until it is closed, which may be what ended the process
+    except Exception as error:
+        log.error("a spooled series cannot be taken up", series=key[1], error=logs.plainly(error))
+
+
+def _end_unread(here: Node, spool: Spool, key: tuple[str, str]) -> None:
+    """Record a series that is set aside, by the names of its files alone."""
+    paths = tuple(sorted(spool.folder(*key).glob("*.dcm")))
+    verdict = _set_aside(here, paths[0].parent)
+    with here.ledger() as session:
+        series = here.ledger.add_series(
+            session,
+            key[1],
+            key[0],
+            [path.stem for path in paths],
+            calling_ae=spool.belongs_to(*key),
+            instances=[str(path.relative_to(here.spool)) for path in paths],
+            complete=False,
+            closed_because="it could not be read after a start",
+            verdict=verdict.reason,
+        )
+        if series is not None:
+            here.ledger.tell(session, series.id, "received", f"{len(paths)} instances, found after a start")
+            here.ledger.tell(session, series.id, "triage", verdict.reason)
+            log.error("set aside", series=key[1], reason=verdict.reason)
+    spool.end(*key, None)  # or each start would take it up again
 
 
 def _known(here: Node) -> dict[tuple[str, str], tuple[int, bool]]:
@@ -195,7 +316,9 @@ def _known(here: Node) -> dict[tuple[str, str], tuple[int, bool]]:
     known: dict[tuple[str, str], tuple[int, bool]] = {}
     series = Series.study_instance_uid, Series.series_instance_uid
     with here.ledger.read() as session:
-        query = select(*series, func.json_array_length(Series.instances), Series.complete).order_by(Series.id)
+        # A row that is damaged counts as none.
+        count = case((func.json_valid(Series.instances) == 1, func.json_array_length(Series.instances)), else_=0)
+        query = select(*series, count, Series.complete).order_by(Series.id)
         for study, uid, instances, complete in session.execute(query):
             known[study, uid] = max(instances, known.get((study, uid), (0, False))[0]), complete
     return known

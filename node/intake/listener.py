@@ -30,9 +30,23 @@ from pynetdicom.transport import AssociationServer
 from node.identity import application_entity
 from node.intake.assembly import Assembly, AssociationId, Ending
 from node.intake.header import HeaderError, InstanceHeader, read_header
-from node.intake.spool import InvalidUIDError, Part, Spool, SpoolFullError
-from node.intake.transport import DIRECT, MAXIMUM_PDU, STOCK, StoreRequest, Transport, amid_instance, serve
+from node.intake.spool import Part, Spool, SpoolFullError
+from node.intake.transport import (
+    DIRECT,
+    MAXIMUM_PDU,
+    STOCK,
+    Answer,
+    AssociationRequest,
+    StoreRequest,
+    Transport,
+    amid_instance,
+    serve,
+)
+from node.network.addresses import PeerAddresses, Standing, group, shown
+from node.paths import InvalidUIDError
 from node.telemetry.logs import plainly
+from node.telemetry.quota import LogQuota
+from node.text import ae_title
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -55,15 +69,27 @@ PROCESSING_FAILURE: Final = 0x0110
 #: A-ASSOCIATE-RJ (PS3.8 table 9-21) as (result, source, reason).
 _CALLED_AE_UNKNOWN: Final = (1, 1, 7)
 _CALLING_AE_UNKNOWN: Final = (1, 1, 3)
-#: Transient: temporary congestion, local limit exceeded.
+#: Transient: no reason given, temporary congestion, local limit exceeded.
+_LATER: Final = (2, 1, 1)
 _CONGESTED: Final = (2, 3, 1)
 _LIMIT_EXCEEDED: Final = (2, 3, 2)
 
 #: Share of the disk floor below which not even associations are taken: each would only end in refusals.
 NO_ASSOCIATION_BELOW: Final = 0.5
 
-#: Quarters of all associations that one calling AE title may have: one peer must not shut out the others.
+#: Quarters of all associations that one calling AE title may have: one peer must not shut out the others. So may, all
+#: together, those who are no known peer at one of its own addresses, where there are peers whose addresses are known.
 ONE_PEER: Final = 3
+
+#: Seconds without an instance after which an association is idle. Some senders keep one open by C-ECHO, which is theirs
+#: to do; without it `ListenerOptions.network_timeout_s` ends the association.
+IDLE_S: Final = 60.0
+
+#: Idle associations that one address may have; of more the ones that are idle longest are ended. A sender keeps one.
+KEPT_IDLE: Final = 4
+
+#: Callers, by AE title and address, of whom it is remembered that they were let in with a warning.
+_WARNED: Final = 1000
 
 #: Bytes of an instance that are held in memory: they hold its header, and tell which series lacks it when it cannot be
 #: stored.
@@ -133,6 +159,28 @@ class ListenerOptions:
     #: Seconds without a byte, or for one PDU, after which a peer is taken to be gone.
     network_timeout_s: float = 60.0
     transport: Transport = DIRECT
+    #: From where which AE title may be used; None binds no AE title to addresses.
+    addresses: PeerAddresses | None = None
+
+
+@dataclass(eq=False)
+class _Open:
+    """An association that is open."""
+
+    id: AssociationId
+    #: Whether it is a known peer at one of its own addresses.
+    own: bool
+    #: When its last instance began to come, or it began itself (monotonic seconds).
+    busy_at: float
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Why an association is rejected, and what to do about it."""
+
+    answer: Answer
+    reason: str
+    mend: str
 
 
 class Listener:
@@ -171,8 +219,11 @@ class Listener:
         self._stopped = stopped
         self._server: AssociationServer | None = None
         self._numbers = itertools.count(1)
-        self._associations: dict[Association, AssociationId] = {}
-        self._lock = threading.Lock()
+        self._associations: dict[Association, _Open] = {}
+        self._warned: set[tuple[str, str]] = set()
+        self._lock = threading.RLock()
+        #: Warnings that a caller can cause.
+        self.quota = LogQuota(log, group)
         self._stopping = threading.Event()
         self._ticker: threading.Thread | None = None
 
@@ -217,8 +268,10 @@ class Listener:
                 (evt.EVT_C_STORE, self._on_store),
             ]
         self._stopping.clear()
+        if options.addresses is not None:
+            options.addresses.start()
         address = (options.host, options.port)
-        self._server = serve(ae, address, self._contexts, handlers, options.transport, self._begin)
+        self._server = serve(ae, address, self._contexts, handlers, options.transport, self)
         self._ticker = threading.Thread(target=self._tick, name="assembly", daemon=True)
         self._ticker.start()
         log.info("listening", ae_title=options.ae_title, port=self.port, transport=options.transport)
@@ -242,6 +295,8 @@ class Listener:
         for association in left:
             association.abort()
         self._end_dead()
+        if self.options.addresses is not None:
+            self.options.addresses.stop()
         self._stopped()
         log.info("stopped listening", ae_title=self.options.ae_title)
 
@@ -252,21 +307,49 @@ class Listener:
                     self._spool.still_alive()
             if self._stopping.wait(TICK_S):
                 break
-            self._end_dead()
-            self._assembly.tick()
+            try:
+                self._end_dead()
+                self._end_idle()
+                self.quota.flush()
+                self._assembly.tick()
+            except Exception as error:  # without this thread no series closes
+                log.error("closing failed; it is tried again", error=plainly(error))
 
     def _end_dead(self) -> None:
         """Associations whose thread died without a word have ended too."""
         with self._lock:
-            dead = [association for association in self._associations if not association.is_alive()]
+            # One without a number has not been started yet.
+            dead = [one for one in self._associations if one.ident is not None and not one.is_alive()]
         for association in dead:
             self._end(association, "aborted")
+
+    def _end_idle(self) -> None:
+        """Keep no more idle associations of one address than it may have."""
+        now, idle = time.monotonic(), dict[str, list[tuple[float, Association]]]()
+        with self._lock:
+            for association, one in self._associations.items():
+                if now - one.busy_at > IDLE_S and not amid_instance(association):
+                    idle.setdefault(group(one.id.address), []).append((one.busy_at, association))
+        for address, found in idle.items():
+            for busy_at, association in sorted(found, key=lambda one: one[0])[: -KEPT_IDLE or None]:
+                known = self._identify(association)
+                self._end(association, "idle")
+                # It waits for the peer, which the assembly must not.
+                threading.Thread(target=association.abort, name="abort", daemon=True).start()
+                self.quota.warning(
+                    "idle association ended",
+                    known.address,
+                    calling_ae=known.calling_ae,
+                    number=known.number,
+                    idle_s=round(now - busy_at),
+                    mend=f"usually none; {address} keeps more than {KEPT_IDLE} associations open and sends nothing",
+                )
 
     def _end(self, association: Association, ending: Ending) -> None:
         with self._lock:
             known = self._associations.pop(association, None)
         if known:
-            self._assembly.association_ended(known, ending)
+            self._assembly.association_ended(known.id, ending)
 
     def _on_connection(self, event: _Event) -> None:
         """Bound the wait for a peer that stalls within a PDU: the listening socket's timeout is not inherited."""
@@ -274,51 +357,148 @@ class Listener:
         transport.settimeout(self.options.network_timeout_s)
         transport.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
+    def screen(self, request: AssociationRequest) -> Answer | None:
+        """Whether a caller is let in at all, by its AE title and address; the A-ASSOCIATE-RJ where it is not."""
+        return self._rejected(request, self._stranger(request))
+
+    def admit(self, request: AssociationRequest) -> Answer | None:
+        """Whether there is room for another association of a caller that was let in."""
+        with self._lock:
+            refusal = self._crowded(request)
+        return self._rejected(request, refusal)
+
+    def began(self, association: Association, request: AssociationRequest) -> None:
+        """An association is about to be started."""
+        who = AssociationId(next(self._numbers), request.calling_ae, request.called_ae, request.address)
+        with self._lock:
+            self._associations[association] = _Open(who, self._standing(request) == "own", time.monotonic())
+
+    def failed(self, association: Association) -> None:
+        """It could not be started."""
+        self._end(association, "aborted")
+
+    def begin(self, association: Association, request: StoreRequest) -> _Instance:
+        """An instance begins to come."""
+        with self._lock:
+            known = self._associations.get(association)
+            if known is not None:
+                known.busy_at = time.monotonic()
+        who = known.id if known is not None else self._nobody(association)
+        is_over = self._is_over(association)
+        return _Instance(self._spool, self._assembly, who, request, is_over, self.quota)
+
     def _on_requested(self, event: _Event) -> None:
-        """Turn an association away, or support what it proposes, as far as that is storage."""
+        """Reject an association that there is no room for, or support what it proposes, as far as that is storage."""
         association = event.assoc
         asked = association.requestor.primitive
-        with self._lock:
-            refusal = self._refusal(asked.called_ae_title.strip(), asked.calling_ae_title.strip())
-            if refusal is None:
-                ends = asked.calling_ae_title.strip(), asked.called_ae_title.strip()
-                self._associations[association] = AssociationId(next(self._numbers), *ends)
-        if refusal is not None:
-            answer, reason, mend = refusal
-            log.warning("association rejected", calling_ae=asked.calling_ae_title.strip(), reason=reason, mend=mend)
+        ends = ae_title(asked.called_ae_title), ae_title(asked.calling_ae_title)
+        request = AssociationRequest(*ends, shown(association.requestor.address or ""), _own_address(association))
+        answer = None
+        if self.options.transport == STOCK:
+            # The other transport has done so before there was an association.
+            answer = self.screen(request)
+            with self._lock:
+                answer = answer or self.admit(request)
+                if answer is None:
+                    self.began(association, request)
+        if answer is None:
+            answer = self._rejected(request, self._full())
+        if answer is not None:
+            self._end(association, "aborted")
             association.acse.send_reject(*answer)
             association.kill()
             return
         proposed = asked.presentation_context_definition_list
         association.acceptor.supported_contexts = [*self._contexts, *_storage_contexts(proposed)]
 
-    def _refusal(self, called_ae: str, calling_ae: str) -> tuple[tuple[int, int, int], str, str] | None:
-        """A-ASSOCIATE-RJ, why, and what to do about it; None for an association that is welcome."""
-        options = self.options
-        if called_ae != options.ae_title.strip():
+    def _rejected(self, request: AssociationRequest, refusal: _Refusal | None) -> Answer | None:
+        if refusal is None:
+            return None
+        self.quota.warning(
+            "association rejected",
+            request.address,
+            calling_ae=_printable(request.calling_ae),
+            reason=refusal.reason,
+            mend=refusal.mend,
+        )
+        return refusal.answer
+
+    def _standing(self, request: AssociationRequest) -> Standing:
+        addresses = self.options.addresses
+        if addresses is None:
+            return "unknown"
+        return addresses.check(request.calling_ae, request.address, request.own_address)[0]
+
+    def _stranger(self, request: AssociationRequest) -> _Refusal | None:
+        """Why a caller is not let in, by what it says of itself and where it calls from."""
+        options, calling_ae, address = self.options, request.calling_ae, request.address
+        if request.called_ae != options.ae_title.strip():
             mend = f"enter the AE title {options.ae_title} at the sender"
-            return _CALLED_AE_UNKNOWN, f"it called {called_ae}", mend
+            return _Refusal(_CALLED_AE_UNKNOWN, f"it called {_printable(request.called_ae)}", mend)
+        if not calling_ae or calling_ae != _printable(calling_ae):
+            return _Refusal(_CALLING_AE_UNKNOWN, "its calling AE title is none (PS3.5 6.2)", "correct it at the sender")
         if options.known_peers is not None and calling_ae not in options.known_peers:
             mend = "add it to 'peers' with 'send' among what it may, or set listener.accept to any"
-            return _CALLING_AE_UNKNOWN, "its calling AE title is no peer that may send", mend
-        if len(self._associations) >= options.max_associations:
+            return _Refusal(_CALLING_AE_UNKNOWN, "its calling AE title is no peer that may send", mend)
+        if options.addresses is None:
+            return None
+        standing, peer = options.addresses.check(calling_ae, address, request.own_address)
+        key = f"peers.{peer}.addresses"
+        if standing == "elsewhere":
+            mend = f"if this is {peer}, add {address} to {key}; if it is not, somebody uses the AE title of {peer}"
+            return _Refusal(_CALLING_AE_UNKNOWN, f"{address} is no address of peer {peer}", mend)
+        if standing == "unresolved":
+            mend = f"check name resolution on this machine, or enter {address} in {key}; it will try again"
+            return _Refusal(_LATER, f"the host name of peer {peer} could not be looked up yet", mend)
+        if standing == "warned":
+            self._warn(calling_ae, address, peer, key)
+        return None
+
+    def _warn(self, calling_ae: str, address: str, peer: str, key: str) -> None:
+        with self._lock:
+            if (calling_ae, address) in self._warned or len(self._warned) >= _WARNED:
+                return
+            self._warned.add((calling_ae, address))
+        self.quota.warning(
+            "peer calls from an address that is not its own",
+            address,
+            calling_ae=calling_ae,
+            peer=peer,
+            mend=f"if this is {peer}, add {address} to {key}, for a later version refuses it; if it is not, set "
+            "listener.addresses to enforce now",
+        )
+
+    def _crowded(self, request: AssociationRequest) -> _Refusal | None:
+        """Why there is no room for another association, under the lock."""
+        options, known = self.options, self._associations.values()
+        if len(known) >= options.max_associations:
             mend = "raise listener.max_associations, or let the sender open fewer; it will try again"
-            return _LIMIT_EXCEEDED, f"{options.max_associations} associations are open", mend
-        mine = sum(known.calling_ae == calling_ae for known in self._associations.values())
-        if options.max_associations >= 4 and mine >= options.max_associations * ONE_PEER // 4:
+            return _Refusal(_LIMIT_EXCEEDED, f"{options.max_associations} associations are open", mend)
+        most, own = options.max_associations * ONE_PEER // 4, self._standing(request) == "own"
+        # Who only uses a peer's AE title does not count as that peer.
+        mine = sum(one.id.calling_ae == request.calling_ae and one.own == own for one in known)
+        if options.max_associations >= 4 and mine >= most:
             mend = "let this sender open fewer, or raise listener.max_associations; it will try again"
-            return _LIMIT_EXCEEDED, f"{mine} associations are open with this peer", mend
+            return _Refusal(_LIMIT_EXCEEDED, f"{mine} associations are open with this peer", mend)
+        strangers = sum(not one.own for one in known)
+        if options.max_associations >= 4 and options.addresses and not own and strangers >= most:
+            mend = "enter the senders in 'peers' with their addresses, or raise listener.max_associations"
+            return _Refusal(_LIMIT_EXCEEDED, f"{strangers} associations are open with callers that are no peers", mend)
+        return None
+
+    def _full(self) -> _Refusal | None:
+        """Whether there is so little room on disk that an association would only end in refusals."""
         try:
             self._spool.require_room(NO_ASSOCIATION_BELOW)
         except SpoolFullError:
             mend = "free space, or lower listener.disk_floor_mb; the sender will try again"
-            return _CONGESTED, "free disk space is far below the floor", mend
+            return _Refusal(_CONGESTED, "free disk space is far below the floor", mend)
         return None
 
     def _on_established(self, event: _Event) -> None:
         known = self._identify(event.assoc)
         self._assembly.association_began(known)
-        log.info("association", calling_ae=known.calling_ae, number=known.number)
+        log.info("association", calling_ae=known.calling_ae, address=known.address, number=known.number)
 
     def _on_released(self, event: _Event) -> None:
         self._end(event.assoc, "released")
@@ -328,8 +508,10 @@ class Listener:
         association = event.assoc
         idle = association.dul.idle_timer_expired() and not amid_instance(association)
         known = self._identify(association)
-        reason = "nothing came for too long" if idle else "aborted, or the connection was lost"
-        log.info("association ended", calling_ae=known.calling_ae, number=known.number, reason=reason)
+        if known.number:
+            reason = "nothing came for too long" if idle else "aborted, or the connection was lost"
+            caller = {"calling_ae": known.calling_ae, "address": known.address}
+            log.info("association ended", **caller, number=known.number, reason=reason)
         self._end(association, "idle" if idle else "aborted")
 
     def _on_echo(self, event: _Event) -> int:
@@ -341,10 +523,12 @@ class Listener:
         """Our name for an association that was let in; of one that has ended meanwhile, a name that nobody has."""
         with self._lock:
             known = self._associations.get(association)
-        return known or AssociationId(0, association.requestor.ae_title, association.acceptor.ae_title)
+        return known.id if known is not None else self._nobody(association)
 
-    def _begin(self, association: Association, request: StoreRequest) -> _Instance:
-        return _Instance(self._spool, self._assembly, self._identify(association), request, self._is_over(association))
+    def _nobody(self, association: Association) -> AssociationId:
+        requestor = association.requestor
+        ends = ae_title(requestor.ae_title), ae_title(association.acceptor.ae_title)
+        return AssociationId(0, *ends, shown(requestor.address or ""))
 
     def _is_over(self, association: Association) -> Callable[[], bool]:
         return lambda: association not in self._associations
@@ -358,7 +542,7 @@ class Listener:
             str(context.abstract_syntax),
             str(context.transfer_syntax),
         )
-        instance = self._begin(event.assoc, request)
+        instance = self.begin(event.assoc, request)
         instance.write([asked.DataSet.getbuffer()])
         return _answer(*instance.end())
 
@@ -373,8 +557,11 @@ class _Instance:
         association: AssociationId,
         request: StoreRequest,
         is_over: Callable[[], bool],
+        quota: LogQuota,
     ) -> None:
+        self._spool = spool
         self._assembly = assembly
+        self._quota = quota
         self._association = association
         self._request = request
         #: Whether the association has ended before the instance did: `Listener.stop` may abort it.
@@ -416,12 +603,11 @@ class _Instance:
 
     def end(self) -> tuple[int, str]:
         """Store, and give the C-STORE status with its Error Comment."""
-        number = self._association.number
         try:
             return self._store()
         except Exception as error:
             # Whatever it was, the sender must be told that its copy is the only one.
-            log.error("C-STORE failed", error=plainly(error), number=number)
+            self._error("C-STORE failed", error=plainly(error))
             return PROCESSING_FAILURE, "not stored: internal error"
         finally:
             self.drop()
@@ -430,14 +616,14 @@ class _Instance:
                 self._assembly.association_ended(self._association, "aborted")
 
     def _store(self) -> tuple[int, str]:
-        number, request = self._association.number, self._request
+        request = self._request
         try:
             if self._part is None:
                 return self._refused(self._failed)
             header = self._header(self._part)
             if mismatch := _mismatch(header, request):
                 mend = "the sender's object and request differ; its maker has to mend it"
-                log.warning("C-STORE refused", status="A900", reason=mismatch, number=number, mend=mend)
+                self._warn("C-STORE refused", status="A900", reason=mismatch, mend=mend)
                 return MISMATCH, mismatch
             stored = self._part.keep(header.study_instance_uid, header.series_instance_uid, header.sop_instance_uid)
         except (HeaderError, InvalidUIDError) as error:
@@ -447,8 +633,11 @@ class _Instance:
         self._assembly.received(self._association, header, stored)
         if stored.outcome == "differs":
             mend = "usually none; a corrected study needs UIDs of its own"
-            log.warning(
-                "kept instance has other content than the one sent", sop_instance=header.sop_instance_uid, mend=mend
+            self._warn(
+                "kept instance has other content than the one sent",
+                sop_instance=header.sop_instance_uid,
+                belongs_to=stored.belongs_to or self._association.calling_ae,
+                mend=mend,
             )
             return COERCED, "instance known with other content; first one kept"
         return SUCCESS, ""
@@ -461,22 +650,43 @@ class _Instance:
             return read_header(part.dataset(), self._request.transfer_syntax)
 
     def _refused(self, error: Exception | None) -> tuple[int, str]:
-        number = self._association.number
         if isinstance(error, HeaderError | InvalidUIDError):
             mend = "the sender's object is damaged or not DICOM; its maker has to mend it"
-            log.warning("C-STORE refused", status="C000", reason=str(error), number=number, mend=mend)
+            self._warn("C-STORE refused", status="C000", reason=str(error), mend=mend)
             return CANNOT_UNDERSTAND, str(error)
         with suppress(HeaderError):
             header = read_header(self._head, self._request.transfer_syntax, whole=False)
-            self._assembly.refused(self._association, header)
+            owner = self._spool.belongs_to(header.study_instance_uid, header.series_instance_uid)
+            if owner in ("", self._association.calling_ae):
+                self._assembly.refused(self._association, header)
         if isinstance(error, SpoolFullError):
             mend = "free space, or lower listener.disk_floor_mb; the sender has to send again"
-            log.error("C-STORE refused", status="A700", reason=str(error), number=number, mend=mend)
+            self._error("C-STORE refused", status="A700", reason=str(error), mend=mend)
             return OUT_OF_RESOURCES, "out of disk space"
         code = errno.errorcode.get(getattr(error, "errno", None) or 0, "unknown")
         mend = "look at the file system of the data folder; the sender has to send again"
-        log.error("C-STORE failed", status="0110", error=code, number=number, mend=mend)
+        self._error("C-STORE failed", status="0110", error=code, mend=mend)
         return PROCESSING_FAILURE, "not stored: file system error"
+
+    def _warn(self, event: str, **fields: Any) -> None:
+        who = self._association
+        self._quota.warning(event, who.address, calling_ae=who.calling_ae, number=who.number, **fields)
+
+    def _error(self, event: str, **fields: Any) -> None:
+        who = self._association
+        self._quota.error(event, who.address, calling_ae=who.calling_ae, number=who.number, **fields)
+
+
+def _printable(ae_title: str) -> str:
+    """An AE title as it may stand in a log (PS3.5 6.2: no control characters, no backslash)."""
+    return "".join(one if " " <= one <= "~" and one != "\\" else "?" for one in ae_title)
+
+
+def _own_address(association: Association) -> str:
+    """Our end of its connection; empty when it is closed already."""
+    with suppress(OSError, AttributeError):
+        return shown(association.dul.socket.socket.getsockname()[0])  # type: ignore[union-attr]
+    return ""
 
 
 _KNOWN_STORAGE = frozenset(str(context.abstract_syntax) for context in AllStoragePresentationContexts)

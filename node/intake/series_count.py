@@ -104,7 +104,8 @@ def count_instances(peer: Peer, ae_title: str, study_uid: str, series_uid: str) 
         query.NumberOfSeriesRelatedInstances = ""
         for status, found in association.send_c_find(query, QUERY_MODEL):
             if status.get("Status") in _PENDING and found is not None and found.get("SeriesInstanceUID") == series_uid:
-                count = int(found.get("NumberOfSeriesRelatedInstances") or 0) or None
+                count = int(found.get("NumberOfSeriesRelatedInstances") or 0)
+                count = count if 0 < count < 1 << 31 else None  # an IS has 32 bits (PS3.5 table 6.2-1)
         association.release()
     if count is None:
         mend = (

@@ -1,5 +1,10 @@
 """Received instances, durable on disk: root/STUDY/SERIES/SOP.dcm, and beside them when a sender came to an end.
 
+A series belongs to the calling AE title that sent its first instance, whose name is kept beside the instances. What
+another one sends of it and is not here yet is kept in a folder of its own, root/STUDY/SERIES/from-AE/SOP.dcm, which is
+no part of the series: an acknowledged instance is never lost, and nobody adds to what another has sent. Only where that
+sender has also sent all that is here, with the same content, do its instances join the series (`Spool.adopt`).
+
 When `Part.keep` has returned, the bytes are under their final name and survive the loss of power: the file was
 fsynced, then linked, then the folder was fsynced. A data set is kept as it was sent, never decoded and encoded again,
 behind a File Meta Information of our own (PS3.10 7.1). One process at a time receives into a spool; any may read it.
@@ -14,31 +19,44 @@ from __future__ import annotations
 
 import errno
 import itertools
-import mmap
 import os
-import re
 import shutil
 import struct
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote, unquote
 
 import structlog
 
 from node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
-from node.intake.header import HeaderError, InstanceHeader, read_header
+from node.intake.header import FileSpan, HeaderError, InstanceHeader, read_header
+from node.intake.received import LONGEST_META, opened
+from node.paths import InvalidUIDError, valid_uid, within
+from node.text import UID
 
 log = structlog.stdlib.get_logger(__name__)
 
-#: Digits in components, at most 64 characters (PS3.5 9.1). Leading zeros, which 9.1 forbids, are let through: scanners
-#: write them, and they do no harm in a path.
-UID = re.compile(r"(?=.{1,64}\Z)[0-9]+(?:\.[0-9]+)*\Z", re.ASCII)
-
 #: Name in a series' folder of the file that says how many instances there were when its sender came to an end.
 END = "end"
+
+#: Name in a series' folder of the file with the AE title that the series belongs to.
+SENDER = "sender"
+
+#: What names of folders begin with that hold what others sent of a series.
+ASIDE = "from-"
+#: Name in a series' folder of the file with a line for each attempt to read the series that was begun and not ended.
+ATTEMPTS = "attempts"
+
+#: A line of it, always of one length.
+_ATTEMPT = "%Y-%m-%dT%H:%M:%S"
+
+#: Bytes of such a file that are read.
+_LONGEST_NOTE = 4096
 
 #: Bytes compared at a time when a resent instance is checked against the one that is kept.
 _BLOCK = 1 << 20
@@ -53,10 +71,6 @@ _CHECK_EVERY = 16 << 20
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
-class InvalidUIDError(ValueError):
-    """A UID is no UID; the message does not quote it, for it can hold anything."""
-
-
 class SpoolFullError(OSError):
     """There is too little room on disk to keep another instance."""
 
@@ -68,6 +82,27 @@ class Stored:
     path: Path
     #: 'new'; 'same' bytes were there already; other bytes were there and have been kept ('differs').
     outcome: Literal["new", "same", "differs"]
+    #: AE title that the series belongs to, where another one sent this instance; else empty.
+    belongs_to: str = ""
+
+    @property
+    def aside(self) -> bool:
+        """Whether it is kept beside the series and is no part of it."""
+        return self.path.parent.name.startswith(ASIDE)
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """What came of comparing what another sender sent with the series."""
+
+    #: Whether it sent all that is in the series, with the same content, so that the rest of it joins the series.
+    agreed: bool
+    #: Instances of the series before.
+    held: int
+    #: Instances that it sent and the series does not have; they have joined it if `agreed`.
+    extra: int
+    #: SOP instance UIDs that were found to differ.
+    differing: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -89,6 +124,8 @@ class SpooledSeries:
     instances: int
     #: When the last instance came, seconds since the epoch.
     last_at: float
+    #: AE titles of others that sent instances which are no part of it.
+    others: tuple[str, ...] = ()
 
 
 class Part:
@@ -97,9 +134,10 @@ class Part:
     Memory does not grow with the instance. For one thread at a time.
     """
 
-    def __init__(self, spool: Spool, path: Path, meta: bytes) -> None:
+    def __init__(self, spool: Spool, path: Path, meta: bytes, sender: str) -> None:
         self._spool = spool
         self._path = path
+        self._sender = sender
         self._start = len(meta)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         #: Bytes of the data set so far.
@@ -136,11 +174,9 @@ class Part:
             raise _full(error) from error
         self.size += count
 
-    def dataset(self) -> memoryview:
-        """The data set as far as it was written: mapped, so that only what is looked at is read."""
-        if not self.size:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(self._file, 0, access=mmap.ACCESS_READ))[self._start :]
+    def dataset(self) -> FileSpan:
+        """The data set as far as it was written."""
+        return FileSpan(self._file, self._start, self.size)
 
     def keep(self, study_uid: str, series_uid: str, sop_uid: str) -> Stored:
         """Give the instance its name; durable when this returns.
@@ -158,17 +194,23 @@ class Part:
             The filesystem failed otherwise. Nothing is left behind after any of the three.
         """
         try:
-            path = self._spool.folder(study_uid, series_uid) / f"{_valid(sop_uid)}.dcm"
+            path = within(self._spool.folder(study_uid, series_uid), f"{valid_uid(sop_uid)}.dcm")
+            owner = self._spool.ensure(path.parent, self._sender)
+            belongs_to = owner if owner != self._sender else ""
             with suppress(FileNotFoundError):
-                return self._kept(path)
-            self._spool.ensure(path.parent)
+                return self._kept(path, belongs_to)
+            # Again, for it may have been dropped by age a moment ago.
+            owner = self._spool.ensure(path.parent, self._sender)
+            if belongs_to := owner if owner != self._sender else "":
+                path = path.parent / _aside(self._sender) / path.name
+                self._spool.ensure_aside(path.parent)
             os.fsync(self._file)
             try:
                 os.link(self._path, path)
             except FileExistsError:
-                return self._kept(path)
+                return self._kept(path, belongs_to)
             _fsync_folder(path.parent)
-            return Stored(path, "new")
+            return Stored(path, "new", belongs_to)
         except OSError as error:
             raise _full(error) from error
         finally:
@@ -181,7 +223,7 @@ class Part:
             self._file = -1
             self._path.unlink(missing_ok=True)
 
-    def _kept(self, path: Path) -> Stored:
+    def _kept(self, path: Path, belongs_to: str) -> Stored:
         """Compare with what is kept. Another thread may have linked it just now, so its names are brought to disk.
 
         Raises
@@ -192,21 +234,12 @@ class Part:
         with suppress(PermissionError):  # another user's file, of a backup that was restored
             os.utime(path)  # what comes again is as young as what comes anew (`node.files.retention`)
         same = self._same_as(path)
-        self._spool.ensure(path.parent)
         _fsync_folder(path.parent)
         path.stat()  # still here, and not dropped while it was compared
-        return Stored(path, "same" if same else "differs")
+        return Stored(path, "same" if same else "differs", belongs_to)
 
     def _same_as(self, path: Path) -> bool:
-        with path.open("rb") as file:
-            at, mine = _dataset_start(file.read(_META_START)), self._start
-            if os.fstat(file.fileno()).st_size - at != self.size:
-                return False
-            while block := os.pread(self._file, _BLOCK, mine):
-                if os.pread(file.fileno(), len(block), at) != block:
-                    return False
-                at, mine = at + len(block), mine + len(block)
-        return True
+        return _same(self._file, path)
 
 
 class Spool:
@@ -225,13 +258,18 @@ class Spool:
         self._floor = floor_bytes
         self._incoming = root / "incoming"
         self._numbers = itertools.count(1)
-        self._known: set[Path] = set()
+        #: Series folders whose names are on disk, and whom each series belongs to.
+        self._known: dict[Path, str] = {}
         self._folders = threading.Lock()
         self._incoming.mkdir(parents=True, exist_ok=True)
         #: When the spool was last received into before now, seconds since the epoch.
         self.last_alive = self._incoming.stat().st_mtime
         for left_over in self._incoming.iterdir():
-            left_over.unlink()
+            try:
+                left_over.unlink()
+            except OSError as error:
+                mend = f"remove {left_over.name} from {self._incoming}; it is not ours"
+                log.error("a left-over cannot be removed", error=error.strerror, mend=mend)
         _fsync_folder(root)
         _fsync_folder(root.parent)
 
@@ -252,7 +290,7 @@ class Spool:
         meta = file_meta(sop_class_uid, sop_uid, transfer_syntax_uid, calling_ae, called_ae)
         self.require_room()
         try:
-            return Part(self, self._incoming / f"{next(self._numbers)}.part", meta)
+            return Part(self, self._incoming / f"{next(self._numbers)}.part", meta, calling_ae)
         except OSError as error:
             raise _full(error) from error
 
@@ -272,13 +310,17 @@ class Spool:
         return found
 
     def all_series(self) -> Iterator[SpooledSeries]:
-        """Every series on disk."""
-        for study in sorted(self.root.iterdir()):
-            for series in sorted(study.iterdir()) if UID.match(study.name) else ():
-                if UID.match(series.name):
-                    files = [entry for entry in os.scandir(series) if entry.name.endswith(".dcm")]
+        """Every series on disk; what is no folder, or cannot be listed, is logged and left out."""
+        for study in _folders(self.root):
+            for series in _folders(study):
+                try:
+                    names = [entry.name for entry in os.scandir(series)]
+                    files = sum(name.endswith(".dcm") for name in names)
+                    others = tuple(unquote(name.removeprefix(ASIDE)) for name in names if name.startswith(ASIDE))
                     # A folder's time is that of its last new name, and spares a look at each file.
-                    yield SpooledSeries(study.name, series.name, len(files), series.stat().st_mtime)
+                    yield SpooledSeries(study.name, series.name, files, series.stat().st_mtime, others)
+                except OSError as error:
+                    log.error("a series in the spool cannot be listed", series=series.name, error=error.strerror)
 
     def end(self, study_uid: str, series_uid: str, instances: int | None) -> None:
         """Note that the sender came to an end of a series when so many instances were here; None withdraws the note.
@@ -299,7 +341,7 @@ class Spool:
     def ended(self, study_uid: str, series_uid: str, instances: int) -> bool:
         """Whether the sender came to an end of a series with so many instances: none has come since."""
         try:
-            return (self.folder(study_uid, series_uid) / END).read_text(encoding="ascii") == f"{instances}"
+            return _note(self.folder(study_uid, series_uid) / END) == f"{instances}"
         except (OSError, ValueError):
             return False
 
@@ -309,19 +351,161 @@ class Spool:
 
     def folder(self, study_uid: str, series_uid: str) -> Path:
         """Where instances of a series are kept; raises `InvalidUIDError` for what is no UID."""
-        return self.root / _valid(study_uid) / _valid(series_uid)
+        return within(self.root, valid_uid(study_uid), valid_uid(series_uid))
 
-    def ensure(self, folder: Path) -> None:
-        """Make a series folder; the names that lead to it are on disk when this returns."""
+    def ensure(self, folder: Path, sender: str) -> str:
+        """Make a series folder; the names that lead to it are on disk when this returns.
+
+        Gives the AE title that the series belongs to: `sender`, unless another one has sent of it before.
+        """
         with self._folders:
-            if folder in self._known and folder.is_dir():
-                return
+            known = self._known.get(folder)
+            if known is not None and folder.is_dir():
+                return known
             folder.mkdir(parents=True, exist_ok=True)
+            owner = self._owner(folder)
+            if not owner:
+                owner = sender
+                self._claim(folder, sender)
             _fsync_folder(folder.parent)
             _fsync_folder(self.root)
             if len(self._known) >= _KNOWN_FOLDERS:
                 self._known.clear()
-            self._known.add(folder)
+            self._known[folder] = owner
+            return owner
+
+    def ensure_aside(self, folder: Path) -> None:
+        """Make a folder for what another sender sent of a series; its name is on disk when this returns."""
+        folder.mkdir(parents=True, exist_ok=True)
+        _fsync_folder(folder.parent)
+
+    def belongs_to(self, study_uid: str, series_uid: str) -> str:
+        """The AE title that a series belongs to; empty where nothing is here of it."""
+        with suppress(InvalidUIDError):
+            folder = self.folder(study_uid, series_uid)
+            with self._folders:
+                return self._known.get(folder) or self._owner(folder)
+        return ""
+
+    def adopt(self, study_uid: str, series_uid: str, sender: str, same: Collection[str]) -> Adoption:
+        """Let what another sender sent of a series join it, where that sender sent all that is in it alike.
+
+        Parameters
+        ----------
+        sender
+            Its AE title.
+        same
+            SOP instance UIDs of the series that it sent with the content that is here.
+
+        Raises
+        ------
+        OSError
+            The filesystem failed. What had joined the series is part of it, and the rest is where it was.
+        """
+        folder = self.folder(study_uid, series_uid)
+        held = {path.stem for path in folder.glob("*.dcm")}
+        alike, differing, extra = set(same), set[str](), list[Path]()
+        for path in sorted((folder / _aside(sender)).glob("*.dcm")):
+            if path.stem not in held:
+                extra.append(path)
+            elif self._is_same(path, folder / path.name):
+                # It came from both at once: this one first, and then from whom the series belongs to.
+                alike.add(path.stem)
+                path.unlink()
+            else:
+                differing.add(path.stem)
+        agreed = held <= alike
+        if agreed:
+            self._join(folder, extra)
+            if not held:  # nothing is here of whom it belonged to
+                with self._folders:
+                    self._claim(folder, sender)
+                    self._known[folder] = sender
+        with suppress(OSError):  # not empty, or not there
+            (folder / _aside(sender)).rmdir()
+        return Adoption(agreed, len(held), len(extra), frozenset(differing))
+
+    def _join(self, folder: Path, extra: list[Path]) -> None:
+        for path in extra:
+            with suppress(FileExistsError, PermissionError):
+                os.link(path, folder / path.name)
+                path.touch()  # as young as the series that it makes another
+        _fsync_folder(folder)
+        for path in extra:
+            if path.samefile(folder / path.name):
+                path.unlink()
+
+    def _is_same(self, path: Path, kept: Path) -> bool:
+        with path.open("rb") as file:
+            return _same(file.fileno(), kept)
+
+    def _owner(self, folder: Path) -> str:
+        """Whom a series belongs to by what is on disk; empty where nothing of it is."""
+        with suppress(OSError, ValueError):
+            if note := _note(folder / SENDER):
+                return note
+        # Received by an earlier version, or there was no room for the note.
+        for path in sorted(folder.glob("*.dcm")):
+            with suppress(OSError, ValueError, struct.error):
+                return _sender(path)
+        return ""
+
+    def _claim(self, folder: Path, sender: str) -> None:
+        """Note whom a series belongs to; its name is on disk with that of the first instance."""
+        with suppress(OSError), (folder / SENDER).open("w", encoding="ascii", errors="replace") as note:
+            note.write(sender)
+            note.flush()
+            os.fsync(note.fileno())
+
+
+def files(folder: Path) -> list[Path]:
+    """All instances in a series folder, also those that are no part of the series."""
+    return [*folder.glob("*.dcm"), *folder.glob(f"{ASIDE}*/*.dcm")]
+
+
+def attempts(folder: Path) -> int:
+    """Attempts to read a series that were begun and not ended: at each of them the process died, or failed."""
+    with suppress(OSError, ValueError):
+        return _note(folder / ATTEMPTS).count("\n")
+    return 0
+
+
+def begin_attempt(folder: Path) -> int:
+    """Count an attempt to read a series, durably and before it; gives those before it that were not ended.
+
+    Where nothing can be written the attempt is not counted.
+    """
+    before = attempts(folder)
+    try:
+        with _same_time(folder):
+            note = os.open(
+                folder / ATTEMPTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o640
+            )
+            try:
+                os.write(note, f"{time.strftime(_ATTEMPT)}\n".encode())
+                os.fsync(note)
+            finally:
+                os.close(note)
+    except OSError as error:
+        log.warning("an attempt to read a series is not counted", series=folder.name, error=error.strerror)
+    return before
+
+
+def end_attempt(folder: Path, before: int) -> None:
+    """The attempt came to its end: those count that were `before`."""
+    with suppress(OSError), _same_time(folder):
+        if before:
+            os.truncate(folder / ATTEMPTS, before * len(f"{time.strftime(_ATTEMPT)}\n"))
+        else:
+            (folder / ATTEMPTS).unlink(missing_ok=True)
+
+
+@contextmanager
+def _same_time(folder: Path) -> Iterator[None]:
+    """Leave a series' folder the time at which its last instance came."""
+    then = folder.stat()
+    yield
+    os.utime(folder, ns=(then.st_atime_ns, then.st_mtime_ns))
 
 
 def file_meta(
@@ -337,9 +521,9 @@ def file_meta(
     elements = b"".join(
         (
             _element(0x0001, b"OB", b"\0\1"),
-            _element(0x0002, b"UI", _valid(sop_class_uid).encode()),
-            _element(0x0003, b"UI", _valid(sop_instance_uid).encode()),
-            _element(0x0010, b"UI", _valid(transfer_syntax_uid).encode()),
+            _element(0x0002, b"UI", valid_uid(sop_class_uid).encode()),
+            _element(0x0003, b"UI", valid_uid(sop_instance_uid).encode()),
+            _element(0x0010, b"UI", valid_uid(transfer_syntax_uid).encode()),
             _element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID.encode()),
             _element(0x0013, b"SH", IMPLEMENTATION_VERSION_NAME.encode()),
             # Source and Receiving Application Entity Title.
@@ -362,34 +546,74 @@ def _element(number: int, vr: bytes, value: bytes) -> bytes:
     return struct.pack("<HH2sH", 2, number, vr, len(value)) + value
 
 
-def _valid(uid: str) -> str:
-    if not UID.match(uid):
-        raise InvalidUIDError("a UID is not digits and dots of at most 64 characters (PS3.5 9.1)")
-    return uid
+def _aside(sender: str) -> str:
+    """Name of the folder for what `sender` sent of another's series; an AE title may hold slashes (PS3.5 6.2)."""
+    return ASIDE + quote(sender, safe=" ")
 
 
-def _dataset_start(head: bytes | mmap.mmap) -> int:
+def _same(descriptor: int, path: Path) -> bool:
+    """Whether an open file and the one at `path` have the same data set behind their File Meta Information."""
+    mine = _dataset_start(os.pread(descriptor, _META_START, 0))
+    with path.open("rb") as file:
+        at = _dataset_start(file.read(_META_START))
+        if os.fstat(file.fileno()).st_size - at != os.fstat(descriptor).st_size - mine:
+            return False
+        while block := os.pread(descriptor, _BLOCK, mine):
+            if os.pread(file.fileno(), len(block), at) != block:
+                return False
+            at, mine = at + len(block), mine + len(block)
+    return True
+
+
+def _note(path: Path) -> str:
+    """A small file beside the instances."""
+    with opened(path) as file:
+        return os.pread(file, _LONGEST_NOTE, 0).decode("ascii")
+
+
+def _folders(parent: Path) -> list[Path]:
+    """Folders in a folder whose names are UIDs; empty where it cannot be listed."""
+    try:
+        return sorted(path for path in parent.iterdir() if UID.match(path.name) and path.is_dir())
+    except OSError as error:
+        log.error("a folder of the spool cannot be listed", folder=parent.name, error=error.strerror)
+        return []
+
+
+def _dataset_start(head: bytes) -> int:
     return _META_START + int(struct.unpack_from("<L", head, _META_START - 4)[0])
 
 
 def _read(path: Path) -> SpooledInstance:
     """Header and sender of a file that a `Part` became."""
-    with path.open("rb") as file:
-        # Mapped, not read: the walk stops at the pixel data, so only the first pages come from disk.
-        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if raw[128:132] != b"DICM":
-        raise HeaderError("no DICOM file")
-    start, at, meta = _dataset_start(raw), _META_START, dict[int, str]()
-    while at < start:
-        _, number, vr, length = struct.unpack_from("<HH2sH", raw, at)
-        at += 8
-        if vr == b"OB":
-            length = struct.unpack_from("<L", raw, at)[0]
-            at += 4
-        meta[number] = raw[at : at + length].decode("ascii", "replace").strip("\0 ")
-        at += length
-    header = read_header(memoryview(raw)[start:], meta.get(0x0010, ""))
+    with _described(path) as (file, start, meta):
+        header = read_header(FileSpan(file, start, os.fstat(file).st_size - start), meta.get(0x0010, ""))
     return SpooledInstance(header, path, meta.get(0x0016, ""), meta.get(0x0018, ""))
+
+
+def _sender(path: Path) -> str:
+    """Who sent a file that a `Part` became."""
+    with _described(path) as (_, _, meta):
+        return meta.get(0x0016, "")
+
+
+@contextmanager
+def _described(path: Path) -> Iterator[tuple[int, int, dict[int, str]]]:
+    """The open file, where its data set begins, and its File Meta Information by element number."""
+    with opened(path) as file:
+        raw = os.pread(file, LONGEST_META, 0)
+        if raw[128:132] != b"DICM":
+            raise HeaderError("no DICOM file")
+        start, at, meta = _dataset_start(raw), _META_START, dict[int, str]()
+        while at < start:
+            _, number, vr, length = struct.unpack_from("<HH2sH", raw, at)
+            at += 8
+            if vr == b"OB":
+                length = struct.unpack_from("<L", raw, at)[0]
+                at += 4
+            meta[number] = raw[at : at + length].decode("ascii", "replace").strip("\0 ")
+            at += length
+        yield file, start, meta
 
 
 def _full(error: OSError) -> OSError:

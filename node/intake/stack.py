@@ -31,6 +31,10 @@ FEWEST = 3
 #: Seconds between two images from which they may be of different phases: those of one phase follow faster upon another.
 PHASE_S = 2.0
 
+#: Values of one attribute by which slices are told apart at most; a perfusion CT has a hundred phases. Each costs a
+#: look at all slices.
+MOST_VALUES = 300
+
 Vector = tuple[float, float, float]
 
 
@@ -195,7 +199,8 @@ def _lie(stack: list[_Slice]) -> Tiling:
     if gaps:
         apart = f"{steps[-1]:z.1f} mm between slices, {step:z.1f} mm elsewhere"
         return Tiling("gap", f"{_list_gaps(gaps)} ({apart})", along[0], along[-1], step, layers)
-    thin = [at[0].along for at in places if len(at) < max(map(len, places))]
+    most = max(map(len, places))
+    thin = [at[0].along for at in places if len(at) < most]
     if thin:
         detail = f"{_list_gaps(thin)} (fewer slices there than elsewhere)"
         return Tiling("gap", detail, along[0], along[-1], step, layers)
@@ -274,6 +279,8 @@ def _split_by(part: _Part, name: str, value: Callable[[InstanceHeader], object])
     by_value: dict[object, list[_Slice]] = defaultdict(list)
     for one in part.slices:
         by_value[value(one.header)].append(one)
+    if len(by_value) > MOST_VALUES:
+        return [part]
     few = [by_value.pop(found) for found in list(by_value) if len(by_value[found]) < FEWEST]
     if few and not _are_strays(few, list(by_value.values()), part.slices):
         return [part]

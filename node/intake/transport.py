@@ -6,11 +6,13 @@ it has for that, `AE.make_server` with a server and a request handler of one's o
 - Threads wait for the socket instead of sleeping a millisecond at a time, so that an idle association costs nothing.
 - The fragments of a C-STORE go straight from the socket's buffer to whoever takes the instance, in the thread that
   read them: no object a PDU, no copy, and memory that does not grow with the instance.
-- A connection gets threads only when its whole A-ASSOCIATE-RQ has come, so that probes, silence and slow writers cost
-  a socket, and are bounded.
+- A connection gets threads only when its whole A-ASSOCIATE-RQ has come and its sender is let in, so that probes,
+  silence, slow writers and strangers cost a socket, and are bounded. Who calls whom is read from the first bytes of the
+  request (PS3.8 9.3.2), and a request that is not let in is answered without being parsed.
 
 `STOCK` is pynetdicom unchanged, to fall back to should a peer not get on with `DIRECT`: half as fast, and an instance
-is held in memory while it comes in. The underscored names that are used here are why pynetdicom is held to 3.0.
+is held in memory while it comes in. There each connection has two threads, and each request is parsed, before it can be
+rejected. The underscored names that are used here are why pynetdicom is held to 3.0.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
 import pydicom
-import structlog
-from pynetdicom import AE, _config
+from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dul import DULServiceProvider
@@ -41,7 +43,9 @@ from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHandler, ThreadedAssociationServer
 
-log = structlog.stdlib.get_logger(__name__)
+from node.network.addresses import group, shown
+from node.telemetry.quota import LogQuota
+from node.text import ae_title
 
 # What takes 40 % of the time of a negotiation and is for nothing here: accounts of each PDU for a log that we do not
 # write, warnings of values unlike their VR, which we do not show, and the same few UIDs checked again and again.
@@ -57,12 +61,24 @@ STOCK: Final = "stock"
 MAXIMUM_PDU: Final = 128 * 1024
 
 #: Bytes of an A-ASSOCIATE-RQ. 128 presentation contexts with 40 transfer syntaxes each make some 160 KB.
-MAXIMUM_REQUEST: Final = 1 << 20
+MAXIMUM_REQUEST: Final = 256 * 1024
+
+#: Presentation contexts of a request: their IDs are the odd numbers of a byte (PS3.8 table 9-13).
+MAXIMUM_CONTEXTS: Final = 128
+
+#: Items and sub-items of a request, each of which pynetdicom makes an object of. 128 presentation contexts with 40
+#: transfer syntaxes each have 5400.
+MAXIMUM_ITEMS: Final = 8192
+
+#: Those of them in its User Information: three kinds of negotiation for each SOP class (PS3.7 D.3.3) are some 400.
+MAXIMUM_USER_ITEMS: Final = 1024
 
 #: Bytes of a command set, and of a data set that goes with another request than C-STORE; real ones are kilobytes.
 MAXIMUM_COMMAND: Final = 1 << 20
 
-#: Connections that have not yet asked for an association. One more closes the oldest: who means it asks at once.
+#: Connections that have not yet asked for an association. One more closes the oldest of the address that has most of
+#: them: who means it asks at once, and nobody pushes others out. Peers behind one gateway share an address, so that it
+#: may have all of them while nobody else wants any.
 PORCH: Final = 256
 
 #: Fragments that are passed on at a time; a vectored write takes 1024 of them (IOV_MAX).
@@ -73,9 +89,6 @@ _LOOK_ROUND_S: Final = 1.0
 
 #: Seconds that a peer has to close the connection after a release or an abort.
 _LINGER_S: Final = 1.0
-
-#: Seconds between two log lines about connections that never ask for an association.
-_TELL_EVERY_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +114,40 @@ class Incoming(Protocol):
         """No more will come, and nobody waits for an answer."""
 
 
-Begin = Callable[[Association, StoreRequest], Incoming]
+@dataclass(frozen=True, slots=True)
+class AssociationRequest:
+    """Who asks for an association, from where; the AE titles without the spaces, or NULs, that fill them up."""
+
+    called_ae: str
+    calling_ae: str
+    #: Its address, and the one of ours that it called.
+    address: str
+    own_address: str
+
+
+#: A-ASSOCIATE-RJ as result, source and reason (PS3.8 table 9-21).
+Answer = tuple[int, int, int]
+
+
+class Service(Protocol):
+    """What `DIRECT` asks of who takes instances. None of its methods raises or waits for the network."""
+
+    quota: LogQuota
+
+    def screen(self, request: AssociationRequest) -> Answer | None:
+        """How to reject a request, by who makes it; None lets it in. Called before the rest of it has come."""
+
+    def admit(self, request: AssociationRequest) -> Answer | None:
+        """How to reject a request that was let in, for want of room; None where an association is to be made of it."""
+
+    def began(self, association: Association, request: AssociationRequest) -> None:
+        """The association was made, and is about to be started."""
+
+    def failed(self, association: Association) -> None:
+        """It could not be started."""
+
+    def begin(self, association: Association, request: StoreRequest) -> Incoming:
+        """An instance begins to come."""
 
 
 def serve(
@@ -110,9 +156,9 @@ def serve(
     contexts: list[PresentationContext],
     handlers: Sequence[tuple[Any, ...]],
     transport: Transport,
-    begin: Begin,
+    service: Service,
 ) -> AssociationServer:
-    """Listen from a thread of its own; `begin` is called for each C-STORE that comes by `DIRECT`.
+    """Listen from a thread of its own; `service` is asked by `DIRECT` only, `STOCK` calls its `handlers`.
 
     Raises
     ------
@@ -129,7 +175,7 @@ def serve(
         evt_handlers=list(handlers),
         server_class=_Server,
         request_handler=_Handler,
-        begin=begin,
+        service=service,
     )
     threading.Thread(target=direct.serve_forever, name="listener", daemon=True).start()
     return direct
@@ -153,6 +199,17 @@ class _Caller:
     address: Any
     since: float = field(default_factory=time.monotonic)
     received: bytearray = field(default_factory=bytearray)
+    #: Bytes that have come, also those that were not kept.
+    count: int = 0
+    #: Who asks, once that has come.
+    request: AssociationRequest | None = None
+    #: How it will be rejected when its request has come whole.
+    answer: Answer | None = None
+
+    @functools.cached_property
+    def group(self) -> str:
+        """What it is counted with."""
+        return group(str(self.address[0]))
 
 
 class _Server(AssociationServer):
@@ -160,15 +217,14 @@ class _Server(AssociationServer):
 
     request_queue_size = 256
 
-    def __init__(self, *arguments: Any, begin: Begin, **options: Any) -> None:
+    def __init__(self, *arguments: Any, service: Service, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.begin = begin
+        self.service = service
         self._bell, self._rope = socket.socketpair()
         self._stopping = False
         self._stopped = threading.Event()
         self._porch: dict[socket.socket, _Caller] = {}
-        self._told_at = -_TELL_EVERY_S
-        self._turned_away = 0
+        self._waiting: Counter[str] = Counter()
 
     def serve_forever(self, poll_interval: float = _LOOK_ROUND_S) -> None:
         """Until `shutdown`."""
@@ -220,37 +276,60 @@ class _Server(AssociationServer):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if len(self._porch) >= PORCH:
                 self._turn_away("too many connections that ask for no association")
-            self._porch[connection] = _Caller(connection, address)
+            self._porch[connection] = caller = _Caller(connection, address)
+            self._waiting[caller.group] += 1
             self._selector.register(connection, selectors.EVENT_READ)
 
     def _hear(self, caller: _Caller) -> None:
         try:
             heard = caller.connection.recv(1 << 16)
         except BlockingIOError:
-            return
+            return None
         except OSError:
             heard = b""
         if not heard:
-            self._close(caller)  # a probe: connected, and that was it
-            return
-        caller.received += heard
+            return self._close(caller)  # a probe: connected, and that was it
+        caller.count += len(heard)
+        if caller.answer is None:
+            caller.received += heard
         if len(caller.received) < _HEAD.size:
-            return
+            return None
         kind, _, length = _HEAD.unpack_from(caller.received)
-        if kind != _ASSOCIATE_RQ or length > MAXIMUM_REQUEST:
-            with suppress(OSError):
-                caller.connection.send(_ABORT_UNEXPECTED)
-            self._close(caller)
-            self._tell("what came is no DICOM association request")
-        elif len(caller.received) >= _HEAD.size + length:
+        if kind != _ASSOCIATE_RQ or not _FIXED.size <= length <= MAXIMUM_REQUEST:
+            return self._abort(caller, "what came is no DICOM association request, or one that is too long")
+        if caller.request is None and len(caller.received) >= _HEAD.size + _FIXED.size:
+            caller.request = _asked(caller)
+            caller.answer = self.service.screen(caller.request)
+            if caller.answer is not None:
+                del caller.received[_HEAD.size + _FIXED.size :]
+        if caller.request is None or caller.count < _HEAD.size + length:
+            return None
+        if caller.answer is None and (fault := _fault(memoryview(caller.received)[_HEAD.size : _HEAD.size + length])):
+            return self._abort(caller, fault)
+        # An answer goes out when the request has come whole: a connection that is closed on bytes nobody has read is
+        # reset, and takes the answer with it.
+        answer = caller.answer or self.service.admit(caller.request)
+        if answer is None:
             self._leave(caller)
             self._associate(caller)
+            return None
+        with suppress(OSError):
+            caller.connection.send(_ASSOCIATE_RJ.pack(3, 0, 4, 0, *answer))
+        return self._close(caller)
+
+    def _abort(self, caller: _Caller, reason: str) -> None:
+        with suppress(OSError):
+            caller.connection.send(_ABORT_UNEXPECTED)
+        self._close(caller)
+        self._tell(caller, reason)
 
     def _associate(self, caller: _Caller) -> None:
         try:
-            _Handler(caller.connection, caller.address, self, bytes(caller.received))
+            _Handler(caller, self)
         except Exception as error:  # such as no more threads; one connection must not end the others
-            log.error("a connection was closed", error=type(error).__name__)
+            reason = "no association could be made of it"
+            address = shown(str(caller.address[0]))
+            self.service.quota.error("connection closed", address, reason=reason, error=type(error).__name__)
             self.shutdown_request(caller.connection)
 
     def _close_silent(self) -> None:
@@ -258,20 +337,19 @@ class _Server(AssociationServer):
         # In order of arrival, so that the first who is in time ends it.
         for caller in list(itertools.takewhile(lambda c: time.monotonic() - c.since > timeout, self._porch.values())):
             self._close(caller)
-            self._tell(f"no association request came within {timeout:g} s")
+            self._tell(caller, f"no association request came within {timeout:g} s")
 
     def _turn_away(self, reason: str) -> None:
+        """Close the oldest connection of the address that has most of them."""
         if self._porch:
-            self._close(next(iter(self._porch.values())))
-        self._tell(reason)
+            most = max(self._waiting.values())
+            caller = next(one for one in self._porch.values() if self._waiting[one.group] == most)
+            self._close(caller)
+            self._tell(caller, reason)
 
-    def _tell(self, reason: str) -> None:
-        """One line for many: what comes here is not known to be anybody's."""
-        self._turned_away += 1
-        if (now := time.monotonic()) - self._told_at >= _TELL_EVERY_S:
-            mend = "let only DICOM peers reach this port; health checks should send C-ECHO, or connect and close"
-            log.warning("connection closed", reason=reason, count=self._turned_away, mend=mend)
-            self._told_at, self._turned_away = now, 0
+    def _tell(self, caller: _Caller, reason: str) -> None:
+        mend = "let only DICOM peers reach this port; health checks should send C-ECHO, or connect and close"
+        self.service.quota.warning("connection closed", shown(str(caller.address[0])), reason=reason, mend=mend)
 
     def _close(self, caller: _Caller) -> None:
         self._leave(caller)
@@ -280,6 +358,9 @@ class _Server(AssociationServer):
     def _leave(self, caller: _Caller) -> None:
         self._selector.unregister(caller.connection)
         del self._porch[caller.connection]
+        self._waiting[caller.group] -= 1
+        if not self._waiting[caller.group]:
+            del self._waiting[caller.group]
 
 
 class _Handler(RequestHandler):
@@ -287,18 +368,31 @@ class _Handler(RequestHandler):
 
     server: _Server
 
-    def __init__(self, request: socket.socket, client_address: Any, server: _Server, received: bytes) -> None:
-        self._received = received
-        super().__init__(request, client_address, server)
+    def __init__(self, caller: _Caller, server: _Server) -> None:
+        self._caller = caller
+        super().__init__(caller.connection, caller.address, server)
+
+    def handle(self) -> None:
+        """Start the association; it is counted before it runs, so that there are never more than may be."""
+        association = self._create_association()
+        assert self._caller.request is not None
+        self.server.service.began(association, self._caller.request)
+        try:
+            evt.trigger(association, evt.EVT_CONN_OPEN, {"address": self.client_address})
+            association.start()
+        except Exception:
+            self.server.service.failed(association)
+            association.dul.socket.free()  # type: ignore[union-attr]  # a _Socket
+            raise
 
     def _create_association(self) -> Association:
         association: Association = super()._create_association()
-        association.dul = reactor = _Reactor(association, self.server.begin)
+        association.dul = reactor = _Reactor(association, self.server.service)
         # Both setters pass the value on to the provider's timers.
         association.network_timeout = association.network_timeout
         association.acse_timeout = association.acse_timeout
         association.dimse = _Messages(association, reactor.bell)
-        association.set_socket(_Socket(association, self.request, self._received))
+        association.set_socket(_Socket(association, self.request, bytes(self._caller.received), self.server.service))
         return association
 
 
@@ -308,7 +402,8 @@ class _Socket(AssociationSocket):
     #: One of the largest PDUs, which stays in a core's cache between socket and file; room for four is slower.
     _ROOM = MAXIMUM_PDU + 16
 
-    def __init__(self, association: Association, connection: socket.socket, received: bytes) -> None:
+    def __init__(self, association: Association, connection: socket.socket, received: bytes, service: Service) -> None:
+        self._service = service
         self._bell, self._rope = socket.socketpair()
         for end in (self._bell, self._rope):
             end.setblocking(False)
@@ -409,8 +504,9 @@ class _Socket(AssociationSocket):
             # A PDU that has begun must come to its end: one that comes byte by byte would stay for ever.
             wait = min(wait, self._since + (self.assoc.network_timeout or 60.0) - time.monotonic())
             if wait <= 0:
-                log.warning(
+                self._service.quota.warning(
                     "association closed",
+                    shown(self.assoc.requestor.address or ""),
                     reason="a PDU was begun and not sent to its end",
                     mend="look at the sender and the network between",
                 )
@@ -436,11 +532,11 @@ class _Reactor(DULServiceProvider):
 
     socket: _Socket | None
 
-    def __init__(self, association: Association, begin: Begin) -> None:
+    def __init__(self, association: Association, service: Service) -> None:
         super().__init__(association)
         self._run_loop_delay = 0
         self.daemon = True
-        self._begin = begin
+        self._service = service
         #: Rung for the association's thread: something is there for it.
         self.bell = threading.Event()
         self.to_user_queue = _BellQueue(self.bell)
@@ -461,7 +557,7 @@ class _Reactor(DULServiceProvider):
             super().run_reactor()
         except Exception as error:
             # An event that the state machine does not know in its state: the peer broke the protocol.
-            log.warning("association ended", reason="protocol error", error=type(error).__name__)
+            self._warn("association ended", reason="protocol error", error=type(error).__name__)
             self.assoc.is_established = False
             self.assoc._kill = True
         finally:
@@ -472,7 +568,7 @@ class _Reactor(DULServiceProvider):
                 self.socket.free()
             if self.assoc.requestor.primitive is None:
                 # What came first was no request that could be decoded: its thread would wait for one.
-                log.warning("connection closed", reason="an association request is malformed", mend=_SENDERS_FAULT)
+                self._warn("connection closed", reason="an association request is malformed", mend=_SENDERS_FAULT)
                 self.to_user_queue.put(None)
             self.bell.set()
 
@@ -545,8 +641,11 @@ class _Reactor(DULServiceProvider):
 
     def _refuse(self, reason: str, mend: str) -> None:
         """Abort the association (AA-8, PS3.8 table 9-10)."""
-        log.warning("association aborted", calling_ae=self.assoc.requestor.ae_title, reason=reason, mend=mend)
+        self._warn("association aborted", calling_ae=ae_title(self.assoc.requestor.ae_title), reason=reason, mend=mend)
         self.event_queue.put("Evt19")
+
+    def _warn(self, event: str, **fields: Any) -> None:
+        self._service.quota.warning(event, shown(self.assoc.requestor.address or ""), **fields)
 
     def _take(self, pdu: memoryview) -> None:
         """Presentation data values (PS3.8 9.3.5.1), each a fragment of a command or of its data set (annex E.2)."""
@@ -594,7 +693,7 @@ class _Reactor(DULServiceProvider):
                 str(context.abstract_syntax),
                 str(context.transfer_syntax[0]),
             )
-            self.incoming = self._begin(self.assoc, request)
+            self.incoming = self._service.begin(self.assoc, request)
             if not has_data:
                 self._take_instance(self.incoming, memoryview(b""), True)
             return
@@ -677,11 +776,67 @@ _SENDERS_FAULT = "a fault of the sender; its maker has to mend it"
 
 #: PDU type, reserved, length of what follows (PS3.8 9.3.1).
 _HEAD = struct.Struct(">BBL")
+#: A-ASSOCIATE-RQ up to its variable items: version, reserved, called and calling AE title, reserved (PS3.8 table 9-11).
+_FIXED = struct.Struct(">HH16s16s32x")
+#: A-ASSOCIATE-RJ: type, reserved, length, reserved, result, source, reason (PS3.8 table 9-21).
+_ASSOCIATE_RJ = struct.Struct(">BBLBBBB")
+#: Item type, reserved, length (PS3.8 9.3.2).
+_ITEM = struct.Struct(">BBH")
+_PRESENTATION_CONTEXT, _USER_INFORMATION = 0x20, 0x50
 #: Item length, presentation context ID, message control header (PS3.8 9.3.5.1, E.2).
 _PDV = struct.Struct(">LBB")
 _ASSOCIATE_RQ, _P_DATA_TF, _RELEASE_RQ, _ABORT = 0x01, 0x04, 0x05, 0x07
 #: A-ABORT by the service provider, unexpected PDU (PS3.8 table 9-26).
 _ABORT_UNEXPECTED = b"\x07\0\0\0\0\x04\0\0\x02\x02"
+
+
+def _asked(caller: _Caller) -> AssociationRequest:
+    """Who asks, from the fixed part of the request, in which NULs that fill an AE title up become spaces.
+
+    Spaces at either end do not count (PS3.5 6.2), and NULs, which some senders fill up with, mean no more.
+    """
+    _, _, called, calling = _FIXED.unpack_from(caller.received, _HEAD.size)
+    called, calling = (title.rstrip(b"\0 ").lstrip(b" ") for title in (called, calling))
+    caller.received[_HEAD.size + 4 : _HEAD.size + 36] = called.ljust(16) + calling.ljust(16)
+    try:
+        own = shown(str(caller.connection.getsockname()[0]))
+    except OSError:
+        own = ""
+    return AssociationRequest(called.decode("latin-1"), calling.decode("latin-1"), shown(str(caller.address[0])), own)
+
+
+def _fault(request: memoryview) -> str:
+    """Why no association is made of a request; empty when one may be. It looks at no more than the heads of items."""
+    contexts = count = user = 0
+    try:
+        for kind, item in _items(request[_FIXED.size :]):
+            count += 1
+            contexts += kind == _PRESENTATION_CONTEXT
+            parts = {_PRESENTATION_CONTEXT: item[4:], _USER_INFORMATION: item}.get(kind)
+            for _ in _items(parts) if parts is not None else ():
+                count += 1
+                user += kind == _USER_INFORMATION
+                if count > MAXIMUM_ITEMS or user > MAXIMUM_USER_ITEMS or contexts > MAXIMUM_CONTEXTS:
+                    return "an association request has more presentation contexts or items than any sender needs"
+            if count > MAXIMUM_ITEMS:
+                return "an association request has more items than any sender needs"
+    except _Invalid:
+        return "an association request is malformed"
+    return ""
+
+
+def _items(body: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Type and value of each item (PS3.8 9.3.2)."""
+    at = 0
+    while at < len(body):
+        if len(body) - at < _ITEM.size:
+            raise _Invalid("an item ends within its head")
+        kind, _, length = _ITEM.unpack_from(body, at)
+        at += _ITEM.size + length
+        if at > len(body):
+            raise _Invalid("an item is longer than what holds it")
+        yield kind, body[at - length : at]
+
 
 _Elements = dict[int, bytes]
 #: Elements of group 0000 (PS3.7 9.3.1).

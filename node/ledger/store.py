@@ -26,6 +26,7 @@ from sqlalchemy import (
     Engine,
     ForeignKey,
     Text,
+    TypeDecorator,
     UniqueConstraint,
     and_,
     create_engine,
@@ -39,6 +40,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 from sqlalchemy.pool import NullPool
 
 from node.telemetry.logs import plainly
+from node.text import SENTENCE_LENGTH, printable
 
 log = structlog.get_logger(__name__)
 
@@ -72,6 +74,9 @@ MAX_BACKOFF_S = 3600.0
 #: Where to look when nothing but the process itself could have said why.
 _HOW = "the log has how it ended (signal 9 is mostly too little memory)"
 
+#: How the verdict begins on a series that the listener could not read in several attempts.
+SET_ASIDE = "not analysed: set aside"
+
 #: Seconds to wait for another process to end its transaction.
 BUSY_S = 30.0
 
@@ -84,6 +89,24 @@ RING_AGAIN_S = 30.0
 
 class Base(DeclarativeBase):
     """Tables of the ledger."""
+
+
+class Words(TypeDecorator[str]):
+    """A sentence or a name: one printable line of bounded length, as it is written and as it is read.
+
+    Reading matters for rows of versions that bounded nothing.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
+        """On the way in."""
+        return None if value is None else printable(value, SENTENCE_LENGTH)
+
+    def process_result_value(self, value: str | None, dialect: Any) -> str | None:
+        """On the way out."""
+        return self.process_bind_param(value, dialect)
 
 
 class Series(Base):
@@ -102,14 +125,14 @@ class Series(Base):
     generation: Mapped[int]
     #: Digest of the SOP instance UIDs: the same set is the same generation.
     content: Mapped[str] = mapped_column(Text)
-    calling_ae: Mapped[str] = mapped_column(Text)
+    calling_ae: Mapped[str] = mapped_column(Words)
     #: Paths of the instances, relative to the spool.
     instances: Mapped[list[str]] = mapped_column(JSON)
     complete: Mapped[bool]
     #: Why the series was closed when it was.
-    closed_because: Mapped[str] = mapped_column(Text)
+    closed_because: Mapped[str] = mapped_column(Words)
     #: What was decided: the route's name and why, or why it is not analysed.
-    verdict: Mapped[str] = mapped_column(Text)
+    verdict: Mapped[str] = mapped_column(Words)
     closed_at: Mapped[float]
     #: When its files were dropped by age (`node.files.retention`).
     dropped_at: Mapped[float | None] = mapped_column(default=None)
@@ -131,7 +154,7 @@ class Owed(Base):
     due_at: Mapped[float] = mapped_column(default=0.0)
     rung_at: Mapped[float] = mapped_column(default=0.0)
     #: What the last attempt said, or why the work ended as it did.
-    reason: Mapped[str] = mapped_column(Text, default="")
+    reason: Mapped[str] = mapped_column(Words, default="")
     finished_at: Mapped[float | None] = mapped_column(default=None)
 
 
@@ -150,15 +173,15 @@ class Analysis(Owed):
     #: Whether the study is told when the series cannot be analysed.
     tell: Mapped[bool] = mapped_column(default=True)
     #: Set when the series is not to be analysed but told about: the reason that the objects state.
-    not_analysed: Mapped[str | None] = mapped_column(Text, default=None)
+    not_analysed: Mapped[str | None] = mapped_column(Words, default=None)
     #: Paths of the instances to analyse, relative to the spool, where they are not all of the series.
     instances: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True), default=None)
     #: Words that tell it from the series' other acquisitions, such as 'acquisition 2'; empty where it has but one.
-    acquisition: Mapped[str] = mapped_column(Text, default="")
+    acquisition: Mapped[str] = mapped_column(Words, default="")
     #: A sentence for the statement, about what was analysed.
-    note: Mapped[str] = mapped_column(Text, default="")
+    note: Mapped[str] = mapped_column(Words, default="")
     #: Set when the attempts were used up and the study is still to be told: why.
-    gave_up: Mapped[str | None] = mapped_column(Text, default=None)
+    gave_up: Mapped[str | None] = mapped_column(Words, default=None)
     #: Content date and time of the objects; fixed at the first attempt so that a second makes the same objects.
     content_at: Mapped[float | None] = mapped_column(default=None)
     #: `node.methods.pneumonia.serialise.summary`.
@@ -241,8 +264,8 @@ class Event(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     series_id: Mapped[int] = mapped_column(ForeignKey("series.id"), index=True)
     at: Mapped[float]
-    stage: Mapped[str] = mapped_column(Text)
-    text: Mapped[str] = mapped_column(Text)
+    stage: Mapped[str] = mapped_column(Words)
+    text: Mapped[str] = mapped_column(Words)
 
     series: Mapped[Series] = relationship(back_populates="events")
 

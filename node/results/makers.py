@@ -19,6 +19,7 @@ import pydicom
 from pydicom.dataset import Dataset
 
 from node.images.volume import Volume
+from node.intake.received import read_received
 from node.methods.pneumonia.findings import Findings
 from node.results import not_analysed_report, pdf, preflight, rejection, report, segmentation
 from node.results.capture import maker
@@ -26,6 +27,7 @@ from node.results.capture.drawing import PatientView
 from node.results.forms import KINDS, SEGMENTATIONS, STOPPED, Profile
 from node.results.provenance import WHOLE, Analysis, Part, SourceInstance, ascii_text, source_instances
 from node.results.trend import Earlier
+from node.text import SENTENCE_LENGTH, printable
 
 __all__ = [
     "KINDS",
@@ -161,7 +163,7 @@ def not_analysed(
     """
     if not source_headers:
         raise ValueError("at least one header is needed to place the object in its study")
-    reason = ascii_text(f"{part.name}: {reason}" if part.name else reason)
+    reason = ascii_text(printable(f"{part.name}: {reason}" if part.name else reason, SENTENCE_LENGTH))
     analysis = Analysis(source_headers[0], source_instances(source_headers), (), content_datetime, part)
     makers = {"sr": not_analysed_report.not_analysed, "capture": maker.not_analysed}
     asked = tuple(dict.fromkeys(profiles))
@@ -219,7 +221,7 @@ def _require_fit(volume: Volume, findings: Findings) -> None:
 def _first_header(volume: Volume, sources: Sequence[Dataset] | None) -> Dataset:
     first = volume.sources[0]
     if sources is None:
-        return pydicom.dcmread(first.path, stop_before_pixels=True)
+        return read_received(first.path)
     for header in sources:
         if header.SOPInstanceUID == first.sop_instance_uid:
             return header

@@ -208,6 +208,18 @@ def test_late_answer_to_an_earlier_request_counts_when_it_is_good_news(
     assert states(ledger) == ["confirmed"]
 
 
+def test_only_the_peer_that_was_asked_may_report(ledger: Ledger, listening: int) -> None:
+    asked = {"1.2.1": "orthanc", "1.2.2": "bad", "1.2.3": "a name that the settings had before"}
+    with ledger() as session:
+        session.add_all(Commitment(transaction_uid=uid, peer=peer, asked_at=1.0) for uid, peer in asked.items())
+    with bad_pacs(BadPacs(listener=("127.0.0.1", listening))) as pacs:
+        answers = [pacs.report(request(uid, "1.2.9")) for uid in asked]
+    assert answers == [commitment.INVALID_ARGUMENT, 0x0000, 0x0000]
+    with ledger() as session:
+        answered = {one.transaction_uid for one in session.scalars(select(Commitment)) if one.answered_at}
+    assert answered == {"1.2.2", "1.2.3"}
+
+
 def test_request_that_does_not_reach_the_peer_is_none(ledger: Ledger, results: Path) -> None:
     owe(ledger, results, "pacs")
     with bad_pacs() as pacs:

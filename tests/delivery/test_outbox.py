@@ -297,3 +297,18 @@ def test_long_outage_makes_no_read_of_all_that_is_owed_and_holds_up_no_writer(le
 def _worked_off(ledger: Ledger, results: Path, peer: Peer) -> bool:
     outbox(ledger, results, peer).work_off()
     return set(states(ledger)) == {"done"}
+
+
+@pytest.mark.parametrize("path", ["../secret.dcm", "{absolute}", "x/../../secret.dcm", "", "\n"])
+def test_object_whose_row_leads_elsewhere_is_not_sent(ledger: Ledger, results: Path, path: str) -> None:
+    owe(ledger, results, "pacs")
+    with ledger() as session:
+        source = results / session.scalars(select(Object.path)).one()
+        secret = results.parent / "secret.dcm"
+        secret.write_bytes(source.read_bytes())
+        session.execute(update(Object).values(path=path.format(absolute=secret)))
+    peer = Peer.model_validate({"ae_title": "P", "host": "127.0.0.1", "port": free_port()})
+    outbox(ledger, results, peer).work_off()
+    assert states(ledger) == ["refused"]
+    with ledger() as session:
+        assert "its file is not looked for" in session.scalars(select(Delivery.reason)).one()

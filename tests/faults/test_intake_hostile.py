@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,9 @@ from raw_peer import RELEASE, RawPeer, pdu, pdv, request, store, store_command
 from structlog.testing import capture_logs
 from test_listener import Node
 
-from node.intake.transport import DIRECT, MAXIMUM_PDU, PORCH, STOCK, Transport
+from node.intake.transport import DIRECT, MAXIMUM_PDU, MAXIMUM_REQUEST, PORCH, STOCK, Transport
+from node.network.addresses import PeerAddresses, entry
+from node.telemetry.quota import IN_ALL, PER_ADDRESS, LogQuota
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -288,3 +290,190 @@ def test_memory_does_not_grow_with_an_instance_nor_with_one_that_never_ends(star
         wait_for(lambda: not part.exists(), 20, "what there is of it to be dropped")
         peer.send(pdu(4, pdv(2, bytes(2))))
         assert peer.status() == 0xA700
+
+
+def item(kind: int, body: bytes) -> bytes:
+    return struct.pack(">BBH", kind, 0, len(body)) + body
+
+
+def large_request(calling: str, contexts: int, syntaxes: int, classes: int = 0, roles: int = 0) -> bytes:
+    """A-ASSOCIATE-RQ with so many contexts, transfer syntaxes in each, and items of extended negotiation."""
+    context = item(0x30, b"1.2.840.10008.5.1.4.1.1.2") + item(0x40, b"1.2.840.10008.1.2.1")
+    context += b"".join(item(0x40, f"1.2.840.10008.1.2.4.{n % 90}".encode()) for n in range(syntaxes - 1))
+    body = b"".join(item(0x20, bytes(((2 * n + 1) % 256, 0, 0, 0)) + context) for n in range(contexts))
+    user = item(0x51, struct.pack(">L", 16384)) + item(0x52, b"1.2.3")
+    user += item(0x56, struct.pack(">H", 3) + b"1.2" + b"\0") * classes
+    user += item(0x54, struct.pack(">H", 3) + b"1.2" + b"\0\1") * roles
+    plain = request(calling=calling)
+    return pdu(1, plain[6:74] + item(0x10, b"1.2.840.10008.3.1.1.1") + body + item(0x50, user))
+
+
+def known(**more: object) -> dict[str, object]:
+    peers = PeerAddresses([entry("ct1", "CT1", "127.0.0.1", None)], enforce=True)
+    return {"addresses": peers, "known_peers": frozenset({"CT1"}), **more}
+
+
+def cpu_s() -> float:
+    times = psutil.Process().cpu_times()
+    return float(times.user + times.system)
+
+
+@pytest.mark.parametrize(
+    ("length", "kind"), [(MAXIMUM_REQUEST + 1, 7), (1 << 20, 7), (0xFFFFFFFF, 7), (67, 7), (MAXIMUM_REQUEST, 0)]
+)
+def test_a_request_that_is_too_long_is_refused_by_its_head(start: Start, length: int, kind: int) -> None:
+    node = start()
+    with RawPeer(node.listener.port, timeout=0.5) as peer:
+        peer.send(struct.pack(">BBL", 1, 0, length))
+        if kind:
+            assert peer.answer()[0] == kind
+        else:
+            with pytest.raises(TimeoutError):
+                peer.answer()
+
+
+def test_what_a_stranger_asks_for_is_never_parsed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = start(**known())
+    parsed: list[object] = []
+    monkeypatch.setattr("node.intake.transport._Handler", lambda *_: parsed.append(1))
+    monkeypatch.setattr("node.intake.transport._fault", lambda *_: parsed.append(1))
+    whole = large_request("NOBODY", 128, 40)
+    with RawPeer(node.listener.port) as peer:
+        peer.send(whole[:-1])
+        wait_for(lambda: any(one.answer for one in node.listener._server._porch.values()), 5, "the refusal")  # type: ignore[union-attr]
+        assert all(len(one.received) <= 74 for one in node.listener._server._porch.values())  # type: ignore[union-attr]
+        peer.send(whole[-1:])
+        assert peer.answer() == (3, b"\0\1\1\3")
+        assert peer.answer() == (0, b"")
+    assert parsed == []
+
+
+@pytest.mark.parametrize(
+    ("contexts", "syntaxes", "classes", "roles", "welcome"),
+    [
+        (128, 40, 128, 128, True),
+        (129, 1, 0, 0, False),
+        (64, 200, 0, 0, False),
+        (1, 1, 1100, 0, False),
+        (1, 1, 0, 1100, False),
+    ],
+)
+def test_items_of_a_request_are_bounded(
+    start: Start, contexts: int, syntaxes: int, classes: int, roles: int, welcome: bool
+) -> None:
+    node, whole = start(**known()), large_request("CT1", contexts, syntaxes, classes, roles)
+    assert len(whole) <= MAXIMUM_REQUEST or not welcome
+    begin = cpu_s()
+    with RawPeer(node.listener.port) as peer, suppress(ConnectionError):
+        peer.send(whole)
+        assert peer.answer()[0] == (2 if welcome else 7)
+    assert welcome or cpu_s() - begin < 0.1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda whole: whole[:76] + b"\xff\xff" + whole[78:],  # an item longer than the request
+        lambda whole: pdu(1, whole[6:] + b"\x20\0"),  # an item without an end
+        lambda whole: pdu(1, whole[6:74] + item(0x20, b"\1\0\0\0" + b"\x40\0\0\x40")),
+    ],
+)
+def test_a_malformed_request_is_aborted_before_it_has_a_thread(start: Start, fault: Callable[[bytes], bytes]) -> None:
+    node, threads = start(), threading.active_count()
+    with RawPeer(node.listener.port) as peer, capture_logs() as lines:
+        peer.send(fault(request()))
+        assert peer.answer() == (7, b"\0\0\2\2")
+        wait_for(lambda: bool(lines), 5, "the log line")
+    assert threading.active_count() == threads
+    assert [line["reason"] for line in lines] == ["an association request is malformed"]
+
+
+def test_a_request_in_single_bytes_is_understood(start: Start) -> None:
+    node = start(**known())
+    with RawPeer(node.listener.port) as peer:
+        peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for one in request():
+            peer.send(bytes((one,)))
+        assert peer.answer()[0] == 2
+
+
+@pytest.mark.usefixtures("many_files")
+@pytest.mark.parametrize("calling", ["NOBODY", "CT1"])
+def test_1500_connections_that_ask_and_stay_cost_no_threads_and_few_lines(start: Start, calling: str) -> None:
+    """A stranger, and one who uses the AE title of a known peer."""
+    node, threads, most = start(**known()), threading.active_count(), 0
+    held, memory = list[RawPeer](), psutil.Process().memory_info().rss
+    with capture_logs() as lines:
+        for n in range(1500):
+            held.append(RawPeer(node.listener.port, source=f"127.0.1.{1 + n % 3}"))
+            held[-1].send(request(calling=calling))
+            if n % 100 == 0:
+                most = max(most, threading.active_count())
+        assert most <= threads
+        assert friend_stores(node, 0) < 5
+        assert all(peer.answer()[0] in (3, 0) for peer in held)
+    told = [line for line in lines if line["log_level"] in ("warning", "error")]
+    assert 3 <= len(told) <= 3 * PER_ADDRESS
+    assert {line["address"] for line in told} == {"127.0.1.1", "127.0.1.2", "127.0.1.3"}
+    assert psutil.Process().memory_info().rss - memory < 64 << 20
+    for peer in held:
+        peer.socket.close()
+
+
+def test_one_address_pushes_no_other_out_of_those_that_wait(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.intake.transport.PORCH", 20)
+    node, whole = start(), request()
+    with RawPeer(node.listener.port, source="127.0.0.9") as slow, ExitStack() as stack:
+        slow.send(whole[:50])  # it came first, and is slow
+        wait_for(lambda: len(node.listener._server._porch) == 1, 5, "the first")  # type: ignore[union-attr]
+        for _ in range(100):
+            stack.enter_context(RawPeer(node.listener.port, source="127.0.0.8"))
+        wait_for(lambda: len(node.listener._server._porch) == 20, 5, "the others")  # type: ignore[union-attr]
+        slow.send(whole[50:])
+        assert slow.answer()[0] == 2
+
+
+@pytest.mark.parametrize("transport", [DIRECT, STOCK])
+def test_failures_of_a_known_peer_fill_no_log(start: Start) -> None:
+    node = start(**known())
+    with RawPeer(node.listener.port) as peer, capture_logs() as lines:
+        assert peer.associate() == 2
+        for _ in range(100):
+            peer.send(store(f"{SERIES}.1", b"GET / HTTP/1.1\r\n\r\n"))
+            assert peer.status() == 0xC000
+        assert len([line for line in lines if line["event"] == "C-STORE refused"]) == PER_ADDRESS
+        node.listener.quota._since -= 61
+        wait_for(lambda: any(line["event"] == "log lines left out" for line in lines), 5, "the count of the rest")
+    (count,) = (line for line in lines if line["event"] == "log lines left out")
+    assert count["count"] == 100 - PER_ADDRESS
+    assert "127.0.0.1 (90)" in count["most_from"]
+
+
+def test_lines_about_many_addresses_are_bounded_too() -> None:
+    written: list[str] = []
+
+    class Log:
+        def warning(self, event: str, **_: object) -> None:
+            written.append(event)
+
+    now = 0.0
+    quota = LogQuota(Log(), lambda address: address, lambda: now)  # type: ignore[arg-type]
+    for n in range(5000):
+        quota.warning("x", f"192.0.{n // 250}.{n % 250}")
+    assert len(written) == IN_ALL
+    assert len(quota._left_out) <= IN_ALL + 1
+    now = 61.0
+    quota.flush()
+    assert written[IN_ALL:] == ["log lines left out"]
+
+
+def test_an_association_that_cannot_be_started_leaves_its_place(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = start(max_associations=4)
+    with monkeypatch.context() as patched:
+        patched.setattr("pynetdicom.association.Association.start", lambda _: 1 / 0)
+        for _ in range(10):
+            with RawPeer(node.listener.port) as peer:
+                peer.send(request())
+                assert peer.answer() == (0, b"")
+    wait_for(lambda: node.listener.associations == 0, 5, "the places to be free")
+    assert friend_stores(node, 0) < 5

@@ -104,7 +104,7 @@ def test_what_was_acknowledged_survives_a_killed_listener(tmp_path: Path, transp
         assert sending.acknowledged
         acknowledged.update(sending.acknowledged)
         first = max(acknowledged) + SENDERS + 1
-        visible = {path.stem: path.read_bytes() for path in (tmp_path / "spool" / STUDY / SERIES).glob("*")}
+        visible = {path.stem: path.read_bytes() for path in (tmp_path / "spool" / STUDY / SERIES).glob("*.dcm")}
         for uid, file in visible.items():
             assert dataset_bytes(file) == instance(int(uid.rsplit(".", 1)[1]) - FIRST), uid
         assert {name(n) for n in acknowledged} <= visible.keys()

@@ -9,13 +9,18 @@ from types import TracebackType
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 
-def request(called: str = "LUNGNODE", calling: str = "CT1", sop_class: str = CTImageStorage) -> bytes:
+def request(
+    called: str = "LUNGNODE",
+    calling: str = "CT1",
+    sop_class: str = CTImageStorage,
+    transfer_syntax: str = ExplicitVRLittleEndian,
+) -> bytes:
     """A-ASSOCIATE-RQ with one presentation context (PS3.8 9.3.2)."""
 
     def item(kind: int, body: bytes) -> bytes:
         return struct.pack(">BBH", kind, 0, len(body)) + body
 
-    context = b"\x01\0\0\0" + item(0x30, sop_class.encode()) + item(0x40, ExplicitVRLittleEndian.encode())
+    context = b"\x01\0\0\0" + item(0x30, sop_class.encode()) + item(0x40, transfer_syntax.encode())
     user = item(0x51, struct.pack(">L", 16384)) + item(0x52, b"1.2.3")
     body = struct.pack(">HH", 1, 0) + called.ljust(16).encode() + calling.ljust(16).encode() + bytes(32)
     body += item(0x10, b"1.2.840.10008.3.1.1.1") + item(0x20, context) + item(0x50, user)
@@ -59,8 +64,8 @@ RELEASE = pdu(5, bytes(4))
 class RawPeer:
     """A connection, and what came over it."""
 
-    def __init__(self, port: int, timeout: float = 10.0) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=timeout)
+    def __init__(self, port: int, timeout: float = 10.0, source: str = "127.0.0.1") -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=timeout, source_address=(source, 0))
 
     def __enter__(self) -> RawPeer:
         return self

@@ -8,15 +8,22 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_for
-from made_instances import SERIES, STUDY
+from made_instances import SERIES, STUDY, dataset, encoded
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 from test_spool import store
 
+from node.cli import render
 from node.config import Settings
+from node.files import retention
 from node.intake import assembly as assembly_module
 from node.intake import closing
+from node.intake import spool as spool_module
 from node.intake.assembly import RETRY_S, Assembly, AssociationId
+from node.intake.header import InstanceHeader
 from node.intake.listener import Listener
-from node.intake.spool import Spool, Stored
+from node.intake.spool import ATTEMPTS, Spool, Stored, attempts
+from node.intake.stack import Tiling
 from node.ledger.store import Series
 from node.tasks import LEDGER, Node
 
@@ -29,8 +36,10 @@ def no_bells(monkeypatch: pytest.MonkeyPatch) -> None:
 def start(folder: Path) -> tuple[Node, Listener, Assembly]:
     settings = {"data": folder, "listener": {"port": 1, "accept": "any", "quiet_period_s": 0.5}}
     here = Node.open(Settings.model_validate(settings))
-    listener = closing.intake(here)
-    os.close(closing._LOCKS.pop())
+    try:
+        listener = closing.intake(here)
+    finally:
+        os.close(closing._LOCKS.pop())
     return here, listener, listener._assembly
 
 
@@ -217,3 +226,153 @@ def test_a_lost_ledger_makes_old_series_be_judged_by_their_geometry(tmp_path: Pa
     close_all(assembly)
     tiles = "slices tile space from z=0.0 to z=4.0 every 1.0 mm"
     assert closed(here) == [(5, True, f"{tiles}, and no instance came for 0.5 s")]
+
+
+class Death(BaseException):
+    """The end of the process, as far as a test within it can have it."""
+
+
+@pytest.mark.parametrize("step", ["closing", "taking up"])
+def test_a_series_at_which_the_process_dies_is_set_aside_after_three_attempts(
+    tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 3, age_s=3)
+    Spool(tmp_path / "spool").end(STUDY, SERIES, 3)
+
+    def dies(*_: object) -> None:
+        raise Death
+
+    monkeypatch.setattr(*((closing, "triage") if step == "closing" else (spool_module, "_read")), dies)
+    for _ in range(3):
+        with pytest.raises(Death):
+            close_all(start(tmp_path)[2])
+    for _ in range(2):
+        here, _, assembly = start(tmp_path)
+        time.sleep(0.6)
+        assembly.tick()
+        assert assembly.open_series == 0
+    with here.ledger() as session:
+        row = session.query(Series).one()
+        assert (len(row.instances), row.complete) == (3, False)
+        assert row.verdict.startswith("not analysed: set aside, as the listener failed or ended 3 times")
+        assert render.state(row) == "failed"
+        assert [event.stage for event in row.events] == ["received", "triage"]
+    assert not retention._finished(here.ledger, SERIES, time.time() + 1)
+    # The folder is moved away, as the verdict says, and the series is sent again.
+    monkeypatch.undo()
+    (tmp_path / "spool" / STUDY / SERIES).rename(tmp_path / "away")
+    spooled(tmp_path, 3, age_s=3)
+    Spool(tmp_path / "spool").end(STUDY, SERIES, 3)
+    here, _, assembly = start(tmp_path)
+    close_all(assembly)
+    assert [complete for _, complete, _ in closed(here)] == [False, True]
+
+
+def test_two_deaths_at_a_series_are_forgotten_once_it_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 3, age_s=3)
+    folder = tmp_path / "spool" / STUDY / SERIES
+    judge = closing.triage
+
+    def dies(_: object) -> None:
+        raise Death
+
+    monkeypatch.setattr(closing, "triage", dies)
+    for deaths in (1, 2):
+        with pytest.raises(Death):
+            close_all(start(tmp_path)[2])
+        assert attempts(folder) == deaths
+    monkeypatch.setattr(closing, "triage", judge)
+    here, _, assembly = start(tmp_path)
+    close_all(assembly)
+    assert "set aside" not in closed(here)[0][2]
+    assert not (folder / ATTEMPTS).exists()
+
+
+def test_a_ledger_that_fails_counts_as_no_attempt_and_another_failure_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 3, age_s=3)
+    _, listener, assembly = start(tmp_path)
+    folder = tmp_path / "spool" / STUDY / SERIES
+    monkeypatch.setattr(assembly_module, "RETRY_S", 0.0)
+    record = closing._record
+    for error, counted in ((OperationalError("", None, Exception()), 0), (OSError(), 0), (KeyError(), 3)):
+
+        def fails(node: Node, judged: closing._Judged, error: Exception = error) -> None:
+            if not judged.verdicts[0].reason.startswith("not analysed: set aside"):
+                raise error
+            record(node, judged)
+
+        monkeypatch.setattr(closing, "_record", fails)
+        time.sleep(0.6)
+        for _ in range(5):
+            assembly.tick()
+        assert attempts(folder) == counted
+    assert assembly.open_series == 0
+    assert listener._spool.series(STUDY, SERIES)
+
+
+def test_odd_entries_in_the_spool_stop_neither_the_start_nor_the_other_series(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 3, age_s=3)
+    spool, other = tmp_path / "spool", tmp_path / "spool" / "1.9" / "1.9.1"
+    other.mkdir(parents=True)
+    (spool / "incoming" / "folder").mkdir()
+    (spool / "1.5").write_text("a file where a study should be")
+    (spool / "1.6").mkdir()
+    (spool / "1.6" / "1.6.1").write_text("a file where a series should be")
+    (spool / "1.7").symlink_to("1.7")
+    (spool / "no uid").mkdir()
+    os.mkfifo(other / "1.dcm")
+    (other / "2.dcm").touch()
+    (other / "3.dcm").mkdir()
+    (other / "4.dcm").symlink_to("/dev/zero")
+    (other / "5.dcm").write_bytes(bytes(128) + b"DICM" + bytes(7))
+    os.mkfifo(other / "end")
+    for _ in range(4):
+        here, _, assembly = start(tmp_path)
+        if assembly.open_series:
+            close_all(assembly)
+    with here.ledger() as session:
+        rows = {row.series_instance_uid: row for row in session.query(Series)}
+        assert rows.keys() == {SERIES, "1.9.1"}
+        assert "set aside" in rows["1.9.1"].verdict
+        assert "set aside" not in rows[SERIES].verdict
+
+
+def test_a_damaged_row_of_the_ledger_does_not_stop_the_start(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 3, age_s=3)
+    here, _, assembly = start(tmp_path)
+    close_all(assembly)
+    with here.ledger() as session:
+        session.execute(text("UPDATE series SET instances = '[\"cut'"))
+    start(tmp_path)
+
+
+def test_a_series_that_cannot_be_judged_holds_up_no_other_and_comes_to_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "spool").mkdir()
+    spooled(tmp_path, 3, age_s=3)
+    spool, other = Spool(tmp_path / "spool"), f"{SERIES}.7"
+    store(spool, raw=encoded(dataset(0, series=other)), series_uid=other, sop_uid=f"{other}.1")
+    here, _, assembly = start(tmp_path)
+    tile = assembly_module.tile
+
+    def fails(headers: list[InstanceHeader]) -> Tiling:
+        if headers[0].series_instance_uid == SERIES:
+            raise RecursionError
+        return tile(headers)
+
+    monkeypatch.setattr(assembly_module, "tile", fails)
+    close_all(assembly)
+    with here.ledger() as session:
+        rows = {row.series_instance_uid: row.closed_because for row in session.query(Series)}
+    assert rows.keys() == {SERIES, other}
+    assert "its slices cannot be compared (RecursionError)" in rows[SERIES]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import struct
+import tracemalloc
 import warnings
 import zlib
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +28,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
+from node import text
 from node.intake import header as header_module
 from node.intake.header import HeaderError, InstanceHeader, read_header
 
@@ -183,7 +188,7 @@ def test_agrees_with_pydicom_on_every_kind_of_object(data_dir: Path) -> None:
     agreed = 0
     for path, ds, raw, transfer_syntax in part_10_files(data_dir / "dicom-zoo"):
         uids = [str(ds.get(k, "")) for k in ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")]
-        if not all(uids) or "truncated" in path.name:
+        if not all(map(text.UID.match, uids)) or "truncated" in path.name:
             with pytest.raises(HeaderError):
                 read_header(raw, transfer_syntax)
             continue
@@ -218,3 +223,140 @@ def test_when_an_image_was_acquired(values: dict[str, str], seconds: float | Non
             setattr(ds, keyword, value)
         raw = encoded(ds)
     assert read_header(raw, ExplicitVRLittleEndian).acquired_at == seconds
+
+
+@pytest.mark.parametrize("transfer_syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+@pytest.mark.parametrize("size", [0, 2_000, 5_000_000])
+def test_texts_of_a_header_are_printable_and_no_longer_than_their_vr(transfer_syntax: UID, size: int) -> None:
+    ds = dataset(1)
+    hostile = "\x1b[2K\r\n\x7f" + "A" * size
+    for keyword in (
+        "Modality",
+        "BodyPartExamined",
+        "ImageType",
+        "ConvolutionKernel",
+        "InstanceNumber",
+        "GantryDetectorTilt",
+    ):
+        # UT: the VR that holds any length; the walk goes by the tag.
+        ds.add_new(keyword, "UT", hostile)
+    found = read_header(encoded(ds, transfer_syntax), transfer_syntax)
+    # What is longer than any text counts as absent.
+    assert found.modality == {0: "?[2K???", 2_000: "?[2K???AAAAAA..."}.get(size, "")
+    for value, most in ((found.body_part, 64), ("".join(found.image_type), 1024), (found.kernel, 1024)):
+        assert value.isprintable()
+        assert (len(value) == 0) == (size > 2_000)
+        assert len(value) <= most
+    assert (found.instance_number, found.gantry_tilt) == (None, None)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of pydicom, as it writes them
+@pytest.mark.parametrize("keyword", ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"])
+@pytest.mark.parametrize("value", ["1.2.x", "../../etc", "1" * 65, "1.2\x1b[2K", "1..2"])
+def test_what_becomes_an_identity_is_a_uid(keyword: str, value: str) -> None:
+    ds = dataset(1)
+    ds.add_new(keyword, "UT", value)
+    with pytest.raises(HeaderError, match="a UID is not digits and dots") as caught:
+        read_header(encoded(ds), ExplicitVRLittleEndian)
+    assert value not in str(caught.value)
+
+
+@pytest.mark.parametrize(("number", "read"), [("2147483647", 2147483647), ("1e300", None), ("1" * 40, None)])
+def test_an_integer_has_32_bits(number: str, read: int | None) -> None:
+    ds = dataset(1)
+    ds.add_new("InstanceNumber", "UT", number)
+    assert read_header(encoded(ds), ExplicitVRLittleEndian).instance_number == read
+
+
+def frame_groups(n: int, elements: int, undefined: bool) -> bytes:
+    """The functional groups of frame `n`: its place, and so many elements in sequences of five beside it."""
+
+    def sequence(tag: int, inner: bytes) -> bytes:
+        group, element = tag >> 16, tag & 0xFFFF
+        if not undefined:
+            item = struct.pack("<HHL", 0xFFFE, 0xE000, len(inner)) + inner
+            return struct.pack("<HH2sHL", group, element, b"SQ", 0, len(item)) + item
+        item = struct.pack("<HHL", 0xFFFE, 0xE000, 0xFFFFFFFF) + inner + struct.pack("<HHL", 0xFFFE, 0xE00D, 0)
+        start = struct.pack("<HH2sHL", group, element, b"SQ", 0, 0xFFFFFFFF)
+        return start + item + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+
+    place = f"0\\0\\{n}".encode().ljust(12)
+    plane = sequence(0x00209113, struct.pack("<HH2sH", 0x20, 0x32, b"DS", len(place)) + place)
+    five = b"".join(struct.pack("<HH2sH", 0x21, 0x1000 + k, b"SH", 8) + b"12345678" for k in range(5))
+    inner = plane + sequence(0x00211010, five) * (elements // 7)
+    return struct.pack("<HHL", 0xFFFE, 0xE000, len(inner)) + inner
+
+
+@pytest.mark.parametrize("undefined", [False, True])
+@pytest.mark.parametrize("ts", [ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian])
+def test_an_enhanced_image_of_very_many_frames_is_read_whole(ts: UID, undefined: bool) -> None:
+    ds, frames = dataset(0), 2500
+    ds.NumberOfFrames = frames
+    del ds.PixelData
+    groups = b"".join(frame_groups(n, 100, undefined) for n in range(frames))
+    start = struct.pack("<HH2sHL", 0x5200, 0x9230, b"SQ", 0, len(groups))
+    # Little more than half of an image of 64 x 64 is left when it is deflated.
+    noise = np.random.default_rng(1).bytes(frames * 4096)
+    pixels = struct.pack("<HH2sHL", 0x7FE0, 0x10, b"OW", 0, 2 * len(noise)) + noise + bytes(len(noise))
+    raw = encoded(ds) + start + groups + pixels
+    if ts == DeflatedExplicitVRLittleEndian:
+        stream = zlib.compressobj(1, wbits=-zlib.MAX_WBITS)
+        raw = stream.compress(raw) + stream.flush()
+    found = read_header(raw, ts)
+    assert found.number_of_frames == frames
+    assert [z for _, _, z in found.positions] == list(range(frames))
+
+
+@pytest.mark.parametrize("ts", [ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian])
+@pytest.mark.parametrize("what", ["items", "places", "tiny", "nested", "text"])
+def test_a_header_costs_no_more_time_than_its_bytes_are_worth(
+    ts: UID, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(header_module, "MOST_ELEMENTS", 30_000)
+    ds, size = dataset(0), 24 << 20
+    del ds.PixelData
+    one = {
+        "items": struct.pack("<HHL", 0xFFFE, 0xE000, 0),
+        "places": frame_groups(0, 0, False),
+        "tiny": struct.pack("<HH2sH", 0x5201, 0x1010, b"LO", 0),
+        "nested": struct.pack("<HH2sHLHHL", 0x5201, 0x1010, b"SQ", 0, 0xFFFFFFFF, 0xFFFE, 0xE000, 0xFFFFFFFF),
+        "text": b" " * 16,
+    }[what]
+    ds.NumberOfFrames = size // len(one)
+    start = {
+        "items": struct.pack("<HH2sHL", 0x5200, 0x9230, b"SQ", 0, size // len(one) * len(one)),
+        "places": struct.pack("<HH2sHL", 0x5200, 0x9230, b"SQ", 0, size // len(one) * len(one)),
+        "text": struct.pack("<HH2sHL", 0x0018, 0x1210, b"UT", 0, size),
+    }.get(what, b"")
+    raw = encoded(ds) + start + one * (size // len(one))
+    if ts == DeflatedExplicitVRLittleEndian:
+        stream = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+        raw = stream.compress(raw) + stream.flush()
+        assert len(raw) < 200_000
+    visited: list[header_module.Walk] = []
+    made = header_module.Walk.__init__
+
+    def remembered(walk: header_module.Walk, *arguments: Any) -> None:
+        made(walk, *arguments)
+        visited.append(walk)
+
+    monkeypatch.setattr(header_module.Walk, "__init__", remembered)
+    tracemalloc.start()
+    try:
+        if what in ("tiny", "nested"):
+            with pytest.raises(HeaderError, match="than are read of any"):
+                read_header(raw, ts)
+        else:
+            found = read_header(raw, ts)
+            assert (found.positions, found.kernel) == ((), "")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert visited[0].left >= -1
+    assert peak < 8 << 20
+
+
+def test_a_small_deflated_data_set_may_have_few_elements_and_a_large_one_many() -> None:
+    few, many = (header_module.Walk(memoryview(b""), "little", True, 0, sent).left for sent in (200_000, 60 << 20))
+    assert few < 160_000
+    assert many > 4_000_000

@@ -55,6 +55,7 @@ class Node:
             recall=lambda study, series: [(i.header, i.path) for i in self.spool.series(study, series)],
             grace_s=0.2,
             ended=self.spool.end,
+            adopt=self.spool.adopt,
         )
         values = {"ae_title": "LUNGNODE", "port": 0, "host": "127.0.0.1", **options}
         self.listener = Listener(ListenerOptions(**values), self.spool, self.assembly)

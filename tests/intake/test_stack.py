@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from typing import cast
 
@@ -234,3 +235,16 @@ def test_the_senders_numbering_tells_that_more_is_to_come() -> None:
     assert numbers_missing([header(n, instance_number=None) for n in range(3)]) == ""
     counted = [header(n, images_in_acquisition=9, acquisition_number=1) for n in range(5)]
     assert numbers_missing(counted) == "the sender counts 9 images in the acquisition"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_time_for_a_judgement_grows_with_the_number_of_slices_and_not_with_its_square(apart: bool) -> None:
+    def seconds(count: int) -> float:
+        # Each four slices have a kernel of their own, and lie next to the others; some lie upon them.
+        many = [header(n, kernel=str(n // 4) if apart else "") for n in range(count)]
+        upon = [header(count + n, z=n * count / 200, kernel="upon") for n in range(200)] if apart else []
+        start = time.process_time()
+        tile([*many, *upon])
+        return time.process_time() - start
+
+    assert seconds(12_000) < 12 * max(seconds(3000), 0.05)

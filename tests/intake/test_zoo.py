@@ -17,8 +17,8 @@ from test_header import part_10_files
 from test_listener import Node
 
 from node.intake.header import HeaderError, read_header
-from node.intake.spool import UID
 from node.methods.pneumonia.triage import triage
+from node.text import UID
 
 pytestmark = [
     pytest.mark.data,

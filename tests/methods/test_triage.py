@@ -64,6 +64,21 @@ def test_another_body_part_is_not(part: str) -> None:
     assert said(chest(body_part=part)) == f"body part {part.replace(' ', '_')}, not chest"
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"body_part": "HEAD of DOE JOHN"}, "body part HEAD, not chest"),
+        ({"body_part": "DOE^JOHN abdominal"}, "body part ABD, not chest"),
+        ({"modality": "DOE"}, "modality unknown, not CT"),
+        ({"modality": "CT\x1b[2K"}, "modality unknown, not CT"),
+        ({"modality": "MR"}, "modality MR, not CT"),
+        ({"sop_class_uid": "1.2.3.4"}, "no CT images, but a private object"),
+    ],
+)
+def test_only_terms_of_the_standard_are_quoted(change: dict[str, str], why: str) -> None:
+    assert said(chest(**change)) == why
+
+
 SR, SEG, CAPTURE = (f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("88.22", "66.4", "7"))
 
 

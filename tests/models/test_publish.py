@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from models.build import build
 from models.calibration import LesionCalibration
 from models.registry import load_bundle
 from models.training.crossvalidate import read_out_of_fold
 from models.training.datasets import phantoms
 from models.training.publish import Material, publish
-from models.training.train import PLANS, build
+from models.training.train import PLANS
 
 NETWORK = {
     "_target_": "models.networks.xception_unet.XceptionUNet",

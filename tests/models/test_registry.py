@@ -86,18 +86,43 @@ def test_metadata_without_a_digest(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "definition",
+    "text",
     [
-        {"_target_": "os.system", "command": "true"},
-        {"_target_": "models.networks.xception_unet.XceptionUNet", "in_channels": "$__import__('os').getpid()"},
-        {"_target_": "monai.networks.nets.UNet", "act": {"_target_": "subprocess.run"}},
-        {"_target_": "models.networks.xception_unet.XceptionUNet", "in_channels": "@network_def"},
-        {"_target_": "models.networks.xception_unet.XceptionUNet", "in_channels": "%metadata.json"},
+        '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"a": ' + "[" * 40 + "]" * 40 + "}",
+        '{"a": ' * 40 + "1" + "}" * 40,
+        '{"a": "' + "x" * 1_100_000 + '"}',
+        '{"a": NaN}',
+        '{"a": -Infinity}',
+        '{"a": 1e999}',
+        '{"a": ' + "9" * 4000 + "}",
+        '{"a": ' + "9" * 5000 + "}",
+        '{"a": "\\ud800"}, 1',
+        "[]",
+        "1",
+        '{"\xff": 1}',
     ],
 )
-def test_a_configuration_runs_no_code(copy: Path, definition: dict[str, object]) -> None:
-    rewrite(copy / "configs" / "inference.json", network_def=definition)
-    with pytest.raises(BundleError, match=r"inference\.json"):
+@pytest.mark.parametrize("file", ["metadata.json", "inference.json"])
+def test_json_that_breaks_readers_is_refused_in_words(copy: Path, file: str, text: str) -> None:
+    (copy / "configs" / file).write_text(text, encoding="latin-1")
+    with pytest.raises(BundleError, match=file.replace(".", r"\.")):
+        load_bundle(copy).load()
+
+
+@pytest.mark.parametrize("key", ["name", "version", "sha256"])
+@pytest.mark.parametrize("value", ["\x1b[2Jx", "[red]x[/]", "a/b", "..", "", "x" * 100, 1, None, ["x"], "Ä", "x\n"])
+def test_names_that_stand_on_terminals_and_in_objects_are_plain(copy: Path, key: str, value: object) -> None:
+    rewrite(copy / "configs" / "metadata.json", **{key: value})
+    with pytest.raises(BundleError, match=f"a model's {key} is") as caught:
+        load_bundle(copy)
+    assert str(caught.value).isprintable()
+
+
+def test_header_of_weights_is_bounded(copy: Path) -> None:
+    (copy / WEIGHTS).write_bytes((90_000_000).to_bytes(8, "little") + b"{}")
+    rewrite(copy / "configs" / "metadata.json", sha256=hashlib.sha256((copy / WEIGHTS).read_bytes()).hexdigest())
+    with pytest.raises(BundleError, match="header is larger than"):
         load_bundle(copy).load()
 
 

@@ -68,6 +68,28 @@ OTHER_PARTS = (
     "EXTREM", "HEART", "CARDIAC", "CORONARY", "CAROTID", "BREAST", "PHANTOM",
 )
 # fmt: on
+#: Values of Body Part Examined that a reason quotes: those of PS3.16 annex L and what scanners write in their place. Of
+#: any other value, which may be text that somebody typed, it names the stem.
+# fmt: off
+PART_TERMS = frozenset([
+    "ABDOMEN", "ABDOMENPELVIS", "ABDOMEN_PELVIS", "ANKLE", "ARM", "BRAIN", "BREAST", "CALCANEUS", "CAROTID",
+    "CERVICAL_SPINE", "CLAVICLE", "COCCYX", "COLON", "CORONARY", "CSPINE", "EAR", "ELBOW", "EXTREMITY", "FACE", "FEMUR",
+    "FINGER", "FOOT", "HAND", "HEAD", "HEADNECK", "HEAD_NECK", "HEART", "HIP", "HUMERUS", "IAC", "JAW", "KIDNEY",
+    "KNEE", "LEG", "LIVER", "LSPINE", "LUMBAR_SPINE", "NECK", "ORBIT", "PANCREAS", "PELVIS", "PHANTOM", "PROSTATE",
+    "SHOULDER", "SINUS", "SKULL", "SPINE", "SSPINE", "TEMPORAL_BONE", "THORACIC_SPINE", "TSPINE", "WRIST",
+])
+# fmt: on
+#: Modalities that a reason quotes (PS3.3 C.7.3.1.1.1, with the retired ones that archives hold).
+# fmt: off
+MODALITIES = frozenset([
+    "ANN", "AR", "ASMT", "AU", "BDUS", "BI", "BMD", "CF", "CR", "CS", "CT", "CTPROTOCOL", "DD", "DF", "DG", "DM", "DMS",
+    "DOC", "DS", "DX", "EC", "ECG", "EEG", "EMG", "EOG", "EPS", "ES", "FA", "FID", "FS", "GM", "HC", "HD", "IO", "IOL",
+    "IVOCT", "IVUS", "KER", "KO", "LEN", "LP", "LS", "M3D", "MA", "MG", "MR", "MS", "NM", "OAM", "OCT", "OP", "OPM",
+    "OPR", "OPT", "OPTBSV", "OPTENF", "OPV", "OSS", "OT", "PA", "PLAN", "POS", "PR", "PT", "PX", "REG", "RESP", "RF",
+    "RG", "RTDOSE", "RTIMAGE", "RTINTENT", "RTPLAN", "RTRAD", "RTRECORD", "RTSEGANN", "RTSTRUCT", "RWV", "SEG", "SM",
+    "SMR", "SR", "SRF", "ST", "STAIN", "TEXTUREMAP", "TG", "US", "VA", "VF", "XA", "XAPROTOCOL", "XC",
+])
+# fmt: on
 #: A spine is no chest, even a thoracic one: its field of view leaves the lungs out.
 SPINE = ("SPINE", "SPINAL", "LUMB")
 
@@ -196,7 +218,8 @@ def _kind(headers: Sequence[InstanceHeader]) -> Iterator[str]:
             uid = UID(header.sop_class_uid)
             yield f"no CT images, but {uid.name.removesuffix(' Storage') if uid.name != uid else 'a private object'}"
         elif header.modality != "CT":
-            yield f"modality {header.modality or 'not given'}, not CT"
+            unlisted = "unknown" if header.modality else "not given"
+            yield f"modality {header.modality if header.modality in MODALITIES else unlisted}, not CT"
 
 
 def _image_type(headers: Sequence[InstanceHeader]) -> Iterator[str]:
@@ -233,8 +256,10 @@ def _orientation(headers: Sequence[InstanceHeader]) -> Iterator[str]:
 
 def _body_part(headers: Sequence[InstanceHeader]) -> Iterator[str]:
     for part in {header.body_part for header in headers}:
-        if not _names_chest(part) and any(stem in _letters(part) for stem in OTHER_PARTS):
-            yield f"body part {_letters(part)}, not chest"
+        letters = _letters(part)
+        stem = next((stem for stem in OTHER_PARTS if stem in letters), None)
+        if stem and not _names_chest(part):
+            yield f"body part {letters if letters in PART_TERMS else stem}, not chest"
 
 
 def _stack(headers: Sequence[InstanceHeader], tiling: Tiling) -> Iterator[str]:

@@ -7,6 +7,7 @@ its figures are all of one width, so that columns of numbers line up.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -58,12 +59,14 @@ def write(
     With `width` the line is first set smaller, then cut with '…', until it fits. `anchor` is Pillow's. `edge` is the
     width of a dark outline, for text that stands on a picture.
     """
+    if width is not None:
+        text = text[: _most(width)]
     text = typographic(text)
     while width is not None and size > SMALLEST and _font(size, weight).getlength(text) > width:
         size -= 1
     if width is not None and _font(size, weight).getlength(text) > width:
-        while text and _font(size, weight).getlength(text + "…") > width:
-            text = text[:-1]
+        ends = range(1, len(text) + 1)
+        text = text[: bisect_right(ends, width, key=lambda end: _font(size, weight).getlength(text[:end] + "…"))]
         text = text.rstrip() + "…" if text else ""
     draw.text(place, text, colour, _font(size, weight), anchor=anchor, stroke_width=edge, stroke_fill=(0, 0, 0))
     return float(_font(size, weight).getlength(text))
@@ -85,7 +88,7 @@ def paragraph(
     """
     x, y = place
     broken = [""]
-    for word in typographic(text).split():
+    for word in typographic(text[: lines * _most(width)]).split():
         longer = f"{broken[-1]} {word}".strip()
         if broken[-1] and _font(size, weight).getlength(longer) > width:
             broken.append(word)
@@ -97,6 +100,14 @@ def paragraph(
         write(draw, (x, y), line, size, colour, width=width, weight=weight)
         y += leading(size)
     return y
+
+
+def _most(width: float) -> int:
+    """Characters that surely do not fit into so many pixels: what comes after them is cut without being measured.
+
+    None is narrower than a pixel, and `typographic` makes one of three at most. So time does not grow with the text.
+    """
+    return 3 * int(width) + 1
 
 
 def table_row(

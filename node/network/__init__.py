@@ -1,0 +1,1 @@
+"""Addresses of peers: below everything that opens or takes associations."""
