@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "resul
 import highdicom as hd
 import numpy as np
 import pydicom
-from synthetic_chest import MOMENT, Chest, Shape, make_chest
+from synthetic_chest import KINDS, MOMENT, Chest, Shape, make_chest
 
 from node.results import makers
-from node.results.forms import KINDS, Profile
+from node.results.forms import Profile
 
 LESIONS = [((-75.0, 45.0, 55.0), 30.0), ((70.0, 20.0, -50.0), 35.0), ((-70.0, 10.0, -30.0), 12.0)]
 
@@ -39,13 +39,13 @@ Task = Callable[[Chest, Path], Any]
 
 
 def lungnode(chest: Chest, folder: Path) -> None:
-    made = makers.build(chest.volume, chest.findings, None, folder, [Profile(KINDS)], content_datetime=MOMENT)
+    made = makers.build(chest.volume, chest.outcome, None, folder, [Profile(KINDS)], content_datetime=MOMENT)
     assert [one.problems for one in made] == [()] * len(KINDS)
 
 
 def lungnode_seg(chest: Chest, folder: Path) -> None:
     profile = Profile(("infection-seg", "lung-seg"))
-    makers.build(chest.volume, chest.findings, None, folder, [profile], content_datetime=MOMENT)
+    makers.build(chest.volume, chest.outcome, None, folder, [profile], content_datetime=MOMENT)
 
 
 def highdicom_stack(chest: Chest, folder: Path) -> None:

@@ -37,9 +37,7 @@ from node.results.forms import Profile
 def segmentations(folder: Path, slices: int) -> tuple[dict[str, Path], list[Path], str]:
     """The two segmentations of the lungs, all files to send, and the study."""
     chest = make_chest(folder / "ct", Shape(slices=slices, rows=512, columns=512), LESIONS)
-    (ours,) = makers.build(
-        chest.volume, chest.findings, None, folder, [Profile(("lung-seg",))], content_datetime=MOMENT
-    )
+    (ours,) = makers.build(chest.volume, chest.outcome, None, folder, [Profile(("lung-seg",))], content_datetime=MOMENT)
     plain = folder / "plain"
     plain.mkdir()
     highdicom_labelmap(chest, plain)

@@ -249,6 +249,8 @@ def _put(made: Path, folder: Path) -> Bundle:
 
 _R231 = {
     "version": "0.0",
+    "role": "lungs",
+    "dimensions": 2,
     "task": "Lungs on chest CT, right and left (lungmask U-net R231)",
     "intended_use": "Research use, not for diagnosis.",
     "license": "that of the weights' publishers (github.com/JoHof/lungmask)",

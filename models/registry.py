@@ -174,12 +174,11 @@ def verify(bundle: Bundle) -> None:
         channels = int(bundle.metadata["network_data_format"]["outputs"]["pred"]["num_channels"])
         low, high = (float(value) for value in bundle.metadata["hu_range"])
         sizes = [float(bundle.metadata["pixel_mm"]), high - low, stride, context + 1, channels]
-        if channels == 1:
-            sizes += [float(bundle.metadata["threshold"]), float(bundle.metadata["minimum_lesion_mm3"])]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BundleError(f"{file}: inference needs {shown(error)}") from None
-    if min(sizes) <= 0 or channels not in (1, 3) or max(context, stride) > 64:
-        raise BundleError(f"{file}: sizes must be positive, and a network have 1 (infection) or 3 (lungs) channels")
+    if min(sizes) <= 0 or max(context, stride, channels) > 64:
+        raise BundleError(f"{file}: sizes must be positive, and context, stride and channels at most 64")
+    _require_role(bundle)
     if isinstance(record := bundle.metadata.get("openvino"), dict):
         for part in IR:
             verified(bundle.path / part, str(record.get(part.name)))
@@ -193,6 +192,18 @@ def verify(bundle: Bundle) -> None:
         raise BundleError(f"{bundle.path}: the network does not run: {shown(error)}") from None
     if tuple(logits.shape) != (1, channels, *image.shape[2:]) or not bool(torch.isfinite(logits).all()):
         raise BundleError(f"{bundle.path}: the network gives {tuple(logits.shape)}, or numbers that are none")
+
+
+def _require_role(bundle: Bundle) -> None:
+    """A bundle says what its model is for, and is what a model for that must be."""
+    from models.roles import ROLES, role_of
+
+    said = role_of(bundle.metadata)
+    if said is None:
+        file = bundle.path / "configs" / "metadata.json"
+        raise BundleError(f'{file}: \'role\' is missing; add what the model finds, such as "role": "lungs"')
+    if said in ROLES:  # another is for a method of somebody else's, which knows what it needs
+        ROLES[said].require(bundle)
 
 
 def verified(file: Path, expected: str) -> bytes:

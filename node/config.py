@@ -6,9 +6,8 @@ URL that carries a password is read from `LUNGNODE_BROKER`.
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,8 +21,11 @@ from pydicom._dicom_dict import DicomDictionary
 from pydicom.datadict import tag_for_keyword
 from pydicom.multival import MultiValue
 
+from node import method_settings
+from node.method_settings import Found, Location, nearest
+from node.methods import registry
 from node.network import addresses as network
-from node.results.forms import CAPTURE_FORMS, KINDS, Kind, Profile, SegForm, SrForm
+from node.results.forms import CAPTURE_FORMS, Profile, SegForm, SrForm
 
 #: Where settings are looked for when no file is named: the environment first, then the working folder.
 CONFIG_VARIABLE = "LUNGNODE_CONFIG"
@@ -122,8 +124,9 @@ class Peer(_Section):
     def _yaml_says_true_for_on(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
-    takes: tuple[Kind, ...] = Field(KINDS, examples=[["capture", "pdf"]])
-    """the objects that the peer can store, whatever a route names: infection-seg, lung-seg, sr, capture, pdf"""
+    takes: tuple[str, ...] | None = Field(None, examples=[["capture", "pdf"]])
+    """the objects that the peer can store, whatever a route names: infection-seg, lung-seg, sr, capture, pdf; left
+    out, all"""
     seg: SegForm = "binary"
     """form of its segmentations: binary, binary-all-frames (a frame for every slice), or labelmap"""
     sr: SrForm = "comprehensive-3d"
@@ -141,10 +144,10 @@ class Route(_Section):
     """peers (by name) whose series this route takes; 'any' for all"""
     when: dict[str, str | tuple[str, ...]] = Field(default_factory=dict, examples=[{"StationName": "CT1*"}])
     """DICOM keywords and the values they must have; '*' and '?' match as in file names, a list is 'one of'"""
-    analysis: Literal["pneumonia"] = "pneumonia"
-    """the analysis to run"""
-    to: dict[str, tuple[Kind, ...]] = Field(examples=[{"pacs": ["infection-seg", "lung-seg", "sr", "capture"]}])
-    """peers (by name) and the objects that each gets: infection-seg, lung-seg, sr, capture, pdf"""
+    analysis: str = Field(registry.DEFAULT, examples=["pneumonia"])
+    """name of the method that analyses: pneumonia, or another one that is installed"""
+    to: dict[str, tuple[str, ...]] = Field(examples=[{"pacs": ["infection-seg", "lung-seg", "sr", "capture"]}])
+    """peers (by name) and the objects that each gets: infection-seg, lung-seg, sr, capture, pdf (of pneumonia)"""
     urgent: bool = False
     """let these series overtake the rest; a Requested Procedure Priority of STAT or HIGH does so too"""
     tell_not_analysed: bool = True
@@ -173,15 +176,6 @@ class Retention(_Section):
     """free disk in MB below which status and log warn, well before the listener refuses"""
 
 
-class Models(_Section):
-    """Which models analyse, by the names that `lungnode models list` shows."""
-
-    lungs: str = Field("lungs", examples=["lungs-r231"])
-    """name of the model that finds the lungs"""
-    infection: str = "infection"
-    """name of the model that finds infection"""
-
-
 class Settings(_Section):
     """Everything that an installation may set."""
 
@@ -200,8 +194,10 @@ class Settings(_Section):
     retention: Retention = Retention()
     """how long files are kept"""
 
-    models: Models = Models()
-    """which models analyse; your own lie in the folder models/ of data"""
+    models: dict[str, str | dict[str, str]] = Field(
+        default_factory=dict, examples=[{"pneumonia": {"lungs": "lungs-r231"}}]
+    )
+    """by method, the model of each role, as `lungnode models list` names them; your own lie in models/ below data"""
 
     @property
     def installed_models(self) -> Path:
@@ -217,7 +213,15 @@ class Settings(_Section):
         peer = self.peers.get(peer_name)
         if peer is None:
             return Profile(tuple(kinds))
-        return Profile(tuple(kind for kind in peer.takes if kind in kinds), peer.seg, peer.sr, peer.capture)
+        taken = tuple(kind for kind in kinds if peer.takes is None or kind in peer.takes)
+        return Profile(taken, peer.seg, peer.sr, peer.capture)
+
+    def models_for(self, method: str) -> dict[str, str]:
+        """Names of the models that a method is to use, by their roles; those that are not here are the default ones."""
+        named = self.models.get(method, {})
+        # Before there were other methods, the roles of pneumonia stood here by themselves.
+        before = {role: name for role, name in self.models.items() if isinstance(name, str)}
+        return (before if method == registry.DEFAULT else {}) | (named if isinstance(named, dict) else {})
 
     def peer_addresses(self, memory: Path | None = None) -> network.PeerAddresses:
         """Who may use which AE title; `memory` is a file that keeps what host names resolved to."""
@@ -225,7 +229,7 @@ class Settings(_Section):
         return network.PeerAddresses(entries, enforce=self.listener.addresses == "enforce", memory=memory)
 
     def hints(self) -> list[str]:
-        """What the settings leave open, and that an admin had better decide; a sentence each."""
+        """What works and had better be decided or changed by an admin, in a sentence each."""
         enforced = self.listener.addresses == "enforce"
         found = [
             f"peers.{name}.addresses: not set, so it may call from what its host '{peer.host}' resolves to"
@@ -238,6 +242,12 @@ class Settings(_Section):
             found.append(
                 "listener.addresses: 'warn' lets a stranger use the AE title of a peer that has no addresses. Set "
                 f"'enforce', which is the default from version {ADDRESSES_ENFORCED_FROM}."
+            )
+        if before := [role for role, name in self.models.items() if isinstance(name, str)]:
+            told = ", ".join(f"{role}: {self.models[role]}" for role in before)
+            found.append(
+                f"models.{before[0]}: models are named by method now, and a later version will not read this form. "
+                f"Write models: {{{registry.DEFAULT}: {{{told}}}}}."
             )
         return found
 
@@ -289,6 +299,23 @@ def load(file: Path | None = None) -> Settings:
     return _with_secrets(parse(text, path))
 
 
+def check(file: Path) -> tuple[Settings, list[str]]:
+    """Read settings as `load` does, check the models that they name too, and say what had better be changed.
+
+    Models are no part of `load`: a node must start, and install a model, that lacks one.
+
+    Raises
+    ------
+    ConfigError
+        As for `load`, or a model is missing, damaged or of another role than it is named for.
+    """
+    settings = load(file)
+    text = file.read_text(encoding="utf-8")
+    lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader), ()))
+    _raise(file, lines, method_settings.of_bundles(settings))
+    return settings, settings.hints()
+
+
 def parse(text: str, file: Path = Path("settings.yaml")) -> Settings:
     """Check the YAML `text` that came from `file`; raises `ConfigError`."""
     try:
@@ -305,12 +332,7 @@ def parse(text: str, file: Path = Path("settings.yaml")) -> Settings:
         settings = Settings.model_validate({} if values is None else values)
     except ValidationError as error:
         raise ConfigError([_problem(file, lines, dict(e)) for e in error.errors()]) from None
-    problems = [
-        Problem(file, _line(lines, location), _dotted(location), what, mend)
-        for location, what, mend in _cross_checks(settings)
-    ]
-    if problems:
-        raise ConfigError(problems)
+    _raise(file, lines, _cross_checks(settings))
     return settings
 
 
@@ -322,7 +344,11 @@ def schema() -> dict[str, Any]:
     }
 
 
-_Location = tuple[int | str, ...]
+def _raise(file: Path, lines: Mapping[Location, int], found: Iterable[Found]) -> None:
+    """Raise `ConfigError` where something was found."""
+    problems = [Problem(file, _line(lines, location), _dotted(location), what, mend) for location, what, mend in found]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _matches(value: Any, wanted: str | tuple[str, ...]) -> bool:
@@ -337,7 +363,7 @@ def _with_secrets(settings: Settings) -> Settings:
     return settings.model_copy(update={"broker": url}) if url else settings
 
 
-def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
+def _cross_checks(settings: Settings) -> Iterator[Found]:
     """What no single value shows: names that must exist elsewhere, secrets in the file."""
     if urlsplit(settings.broker).password:
         mend = "Take the URL out of the file and set it in the environment as LUNGNODE_BROKER."
@@ -351,6 +377,8 @@ def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
                 network.parse(address)
             except network.AddressError as error:
                 yield ("peers", name, "addresses", n), str(error), error.hint
+    yield from method_settings.of_peers(settings)
+    yield from method_settings.of_models(settings)
     seen: set[str] = set()
     for n, route in enumerate(settings.routes):
         if route.name in seen:
@@ -362,14 +390,16 @@ def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
         seen.add(route.name)
         for m, name in enumerate(() if route.from_ == "any" else route.from_):
             yield from _peer_check(settings, ("routes", n, "from", m), name, "send")
+        yield from method_settings.of_route(settings, n, route)
         for name, kinds in route.to.items():
             yield from _peer_check(settings, ("routes", n, "to", name), name, "receive")
-            if name in settings.peers and kinds and not set(kinds) & set(settings.peers[name].takes):
+            takes = settings.peers[name].takes if name in settings.peers else None
+            if takes is not None and kinds and not set(kinds) & set(takes):
                 mend = f"Name an object that it takes, or add one to peers.{name}.takes."
                 yield ("routes", n, "to", name), f"peer '{name}' takes none of these objects", mend
         for keyword in route.when:
             if tag_for_keyword(keyword) is None:
-                near = _nearest(keyword, (entry[4] for entry in DicomDictionary.values()))
+                near = nearest(keyword, (entry[4] for entry in DicomDictionary.values()))
                 yield (
                     ("routes", n, "when", keyword),
                     "is not a DICOM keyword",
@@ -377,22 +407,15 @@ def _cross_checks(settings: Settings) -> Iterator[tuple[_Location, str, str]]:
                 )
 
 
-def _peer_check(
-    settings: Settings, location: _Location, name: str, what: Literal["send", "receive"]
-) -> Iterator[tuple[_Location, str, str]]:
+def _peer_check(settings: Settings, location: Location, name: str, what: Literal["send", "receive"]) -> Iterator[Found]:
     if name not in settings.peers:
-        near = _nearest(name, settings.peers)
+        near = nearest(name, settings.peers)
         yield location, f"no peer is named '{name}'", near or f"Add '{name}' under peers."
     elif what not in settings.peers[name].may:
         yield location, f"peer '{name}' may not {what}", f"Add '{what}' to peers.{name}.may."
 
 
-def _nearest(word: str, words: Any) -> str:
-    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"Did you mean '{near[0]}'?" if near else ""
-
-
-def _lines(node: yaml.Node | None, at: _Location) -> Iterator[tuple[_Location, int]]:
+def _lines(node: yaml.Node | None, at: Location) -> Iterator[tuple[Location, int]]:
     if node is None:
         return
     yield at, node.start_mark.line + 1
@@ -406,25 +429,25 @@ def _lines(node: yaml.Node | None, at: _Location) -> Iterator[tuple[_Location, i
             yield from _lines(value, (*at, n))
 
 
-def _line(lines: Mapping[_Location, int], location: _Location) -> int:
+def _line(lines: Mapping[Location, int], location: Location) -> int:
     """Line of the location, or of the nearest part of it that is in the file."""
     while location and location not in lines:
         location = location[:-1]
     return lines.get(location, 1)
 
 
-def _dotted(location: _Location) -> str:
+def _dotted(location: Location) -> str:
     return ".".join(map(str, location)) or "file"
 
 
-def _problem(file: Path, lines: Mapping[_Location, int], error: dict[str, Any]) -> Problem:
-    raw: _Location = tuple(error["loc"])
+def _problem(file: Path, lines: Mapping[Location, int], error: dict[str, Any]) -> Problem:
+    raw: Location = tuple(error["loc"])
     location = tuple(part for n, part in enumerate(raw) if n == 0 or _in_file(lines, raw, n))
     field = _field(location)
     kind, key = error["type"], _dotted(location)
     if kind == "extra_forbidden":
         names = _section_keys(location[:-1])
-        near = _nearest(str(location[-1]), names)
+        near = nearest(str(location[-1]), names)
         return Problem(file, _line(lines, location), key, "unknown key", near or f"Known here: {', '.join(names)}.")
     meaning = f"Expected {field['description']}" if field.get("description") else "See config/node.yaml"
     example = f", for instance {field['examples'][0]!r}." if field.get("examples") else "."
@@ -434,12 +457,14 @@ def _problem(file: Path, lines: Mapping[_Location, int], error: dict[str, Any]) 
     return Problem(file, _line(lines, location), key, what[:1].lower() + what[1:], meaning + example)
 
 
-def _in_file(lines: Mapping[_Location, int], raw: _Location, n: int) -> bool:
+def _in_file(lines: Mapping[Location, int], raw: Location, n: int) -> bool:
     """Pydantic adds names of union members to a location; only the last part may be absent from the file."""
-    return raw[: n + 1] in lines or (n == len(raw) - 1 and not str(raw[n]).startswith(("tuple[", "literal[", "str")))
+    return raw[: n + 1] in lines or (
+        n == len(raw) - 1 and not str(raw[n]).startswith(("tuple[", "literal[", "str", "dict["))
+    )
 
 
-def _section(location: _Location) -> dict[str, Any]:
+def _section(location: Location) -> dict[str, Any]:
     """JSON schema of the section at `location`."""
     whole = Settings.model_json_schema(by_alias=True)
     here: Any = whole
@@ -460,11 +485,11 @@ def _section(location: _Location) -> dict[str, Any]:
     return dict(here)
 
 
-def _section_keys(location: _Location) -> list[str]:
+def _section_keys(location: Location) -> list[str]:
     return sorted(_section(location).get("properties", {}))
 
 
-def _field(location: _Location) -> dict[str, Any]:
+def _field(location: Location) -> dict[str, Any]:
     """Schema of the value at `location`, or of the nearest enclosing one that is described."""
     for end in range(len(location), 0, -1):
         found = _section(location[:end])

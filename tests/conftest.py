@@ -26,9 +26,13 @@ import pytest
 from node.cli import render
 from node.delivery import outbox as outbox_module
 from node.delivery import peer as peer_module
+from node.installation import LEDGER, Node
+from node.intake import closing
+from node.intake.assembly import ClosedSeries
+from node.intake.verdict import Verdict
 from node.ledger import store as ledger_module
 from node.ledger.store import Ledger
-from node.tasks import LEDGER
+from node.methods import registry
 
 # A machine that is busy with other work is no reason to fail.
 hypothesis.settings.register_profile("lungnode", deadline=None)
@@ -140,6 +144,16 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 #: each of xdist's workers has a thousand of its own.
 _PORTS = range(20_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]), 32_000)[:1000]
 _port = itertools.count(random.randrange(len(_PORTS)))
+
+
+def accepts(method: str, closed: ClosedSeries) -> list[Verdict]:
+    """What the installed method of this name says of a series: what the node gives its listener."""
+    return registry.find(method).accepts(closed)
+
+
+def series_closed(here: Node, closed: ClosedSeries) -> None:
+    """What the listener does with a closed series; no task is dispatched."""
+    closing.series_closed(here, closed, accepts, lambda _: None)
 
 
 def free_port() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from pydicom import Dataset
 
-from node.config import AETitle, ConfigError, Problem, Route, Settings, load, parse, schema
+from node.config import AETitle, ConfigError, Problem, Route, Settings, check, load, parse, schema
 
 PEER = "peers:\n  pacs: {ae_title: PACS, host: localhost, port: 104}\n"
 
@@ -152,3 +154,97 @@ def test_route_takes_by_peer_and_tags(when: dict[str, str], names: list[str], ta
     header.Modality, header.StationName, header.ImageType, header.SeriesNumber = "CT", "CT01", ["ORIGINAL", "AXIAL"], 4
     route = Route.model_validate({"name": "r", "from": ["ct1"], "when": when, "to": {}})
     assert route.takes(names, header) is taken
+
+
+ROUTE = PEER + "routes:\n- name: a\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "what", "mend"),
+    [
+        (
+            ROUTE + "  analysis: pneumonai\n  to: {pacs: [sr]}\n",
+            5,
+            "routes.0.analysis",
+            "no method is called 'pneumonai'; installed: pneumonia",
+            "Did you mean 'pneumonia'?",
+        ),
+        (
+            ROUTE + "  to: {pacs: [emphysema-seg]}\n",
+            5,
+            "routes.0.to.pacs.0",
+            "'emphysema-seg' is no object of the method pneumonia",
+            "Name one of infection-seg, lung-seg, sr, capture, pdf.",
+        ),
+        (
+            PEER.replace("104}", "104, takes: [srr]}"),
+            2,
+            "peers.pacs.takes.0",
+            "'srr' is no object of any method here",
+            "Did you mean 'sr'?",
+        ),
+        (
+            "models:\n  pneumonia:\n    lung: lungs\n",
+            3,
+            "models.pneumonia.lung",
+            "the method pneumonia needs no model 'lung'",
+            "Did you mean 'lungs'?",
+        ),
+        ("models: {lung: lungs}\n", 1, "models.lung", "needs no model 'lung'", "Did you mean 'lungs'?"),
+        (
+            "models:\n  pneumonai: {lungs: lungs}\n",
+            2,
+            "models.pneumonai",
+            "no method is called 'pneumonai'",
+            "Did you mean 'pneumonia'?",
+        ),
+    ],
+)
+def test_methods_their_objects_and_their_models_are_checked(
+    text: str, line: int, key: str, what: str, mend: str
+) -> None:
+    test_error_names_line_key_and_mend(text, line, key, what, mend)
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "node.yaml"
+    file.write_text(f"data: {folder / 'var'}\n{text}")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "what"),
+    [
+        ("models: {infection: lungs}\n", 2, "models.infection", "is a model of lungs, not of infection"),
+        ("models:\n  pneumonia:\n    lungs: infection\n", 4, "models.pneumonia.lungs", "is a model of infection"),
+        ("models:\n  pneumonia: {lungs: ours}\n", 3, "models.pneumonia.lungs", "no bundle 'ours'"),
+    ],
+)
+def test_a_model_of_another_role_is_refused_before_a_patient_s_series(
+    tmp_path: Path, text: str, line: int, key: str, what: str
+) -> None:
+    file = written(tmp_path, text)
+    load(file)  # the node starts: the model may be installed yet
+    with pytest.raises(ConfigError) as caught:
+        check(file)
+    (found,) = caught.value.problems
+    assert (found.line, found.key) == (line, key)
+    assert what in found.what
+    assert "lungnode models list" in found.mend
+
+
+def test_models_of_the_old_form_are_those_of_pneumonia_with_a_hint(tmp_path: Path) -> None:
+    settings, hints = check(written(tmp_path, "models: {lungs: lungs, infection: infection}\n"))
+    assert settings.models_for("pneumonia") == {"lungs": "lungs", "infection": "infection"}
+    assert settings.models_for("another") == {}
+    (hint,) = hints
+    assert "models: {pneumonia: {lungs: lungs, infection: infection}}" in hint
+    settings, hints = check(written(tmp_path, "models: {pneumonia: {lungs: lungs}}\n"))
+    assert (settings.models_for("pneumonia"), hints) == ({"lungs": "lungs"}, [])
+
+
+def test_checking_settings_imports_no_network() -> None:
+    code = "import sys; from node.config import check; from pathlib import Path; check(Path('config/node.yaml'))"
+    code += "; print(sorted({'torch', 'monai', 'openvino', 'highdicom', 'numba', 'scipy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import series_closed
 from pydicom import dcmread
 
 from models.phantom.phantom import phantom
 from models.registry import BundleError
 from models.runtime import CardMemoryError
 from node import tasks
-from node.analysis.folder import closed_folder
+from node.cli.folder import closed_folder
 from node.cli.render import all_series, deliveries, silent_peers, state
 from node.config import Settings
 from node.images.phantom_series import write_series
 from node.images.volume import VolumeError
+from node.installation import Node
 from node.intake import closing
 from node.intake.assembly import ClosedSeries
 from node.ledger import store as ledger_module
 from node.ledger.store import MAX_ANALYSIS_ATTEMPTS, MAX_BACKOFF_S
-from node.tasks import Node
+from node.methods.pneumonia import method, pipeline
 
 
 class Clock:
@@ -37,8 +39,8 @@ class Clock:
 @pytest.fixture
 def rung(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | str]]:
     bells: list[tuple[str, int | str]] = []
-    for module in (tasks, closing):
-        monkeypatch.setattr(module, "ring", lambda work, rows: bells.extend((work, row) for row in rows))
+    monkeypatch.setattr(tasks, "ring", lambda work, rows: bells.extend((work, row) for row in rows))
+    monkeypatch.setattr(closing, "_dispatch", lambda _, rows: bells.extend(("analyse", row) for row in rows))
     return bells
 
 
@@ -60,7 +62,7 @@ def receive(here: Node, *, complete: bool = True, **tags: str) -> ClosedSeries:
         header.save_as(first)
     (closed,) = closed_folder(here.spool)
     closed = dataclasses.replace(closed, calling_ae="PACS", complete=complete)
-    closing.series_closed(here, closed)
+    series_closed(here, closed)
     return closed
 
 
@@ -68,7 +70,7 @@ def test_routed_chest_ct_is_owed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
 ) -> None:
     here = make_node(tmp_path, monkeypatch)
-    closing.series_closed(here, receive(here))
+    series_closed(here, receive(here))
     assert rung == [("analyse", 1)]
     (series,) = all_series(here.ledger)
     assert state(series) == "waiting"
@@ -92,7 +94,7 @@ def test_header_that_cannot_be_read_ends_in_sight(
     closed = receive(here)
     broken = dataclasses.replace(closed, instances=closed.instances[:30], paths=closed.paths[:30])
     broken.paths[0].write_bytes(b"Doe^Jane")
-    closing.series_closed(here, broken)
+    series_closed(here, broken)
     newest = all_series(here.ledger)[0]
     assert "its header cannot be read" in newest.verdict
     assert "Doe" not in newest.verdict
@@ -122,7 +124,7 @@ def test_analysis_that_keeps_failing_tells_the_study_and_names_no_patient(
 
     errors: list[Exception] = [BundleError("weights are missing")] * (MAX_ANALYSIS_ATTEMPTS - 1)
     errors.append(ValueError("Doe^Jane"))
-    monkeypatch.setattr(tasks, "segmenter", fail)
+    monkeypatch.setattr(method, "segmenter", fail)
     receive(here)
     for _ in range(MAX_ANALYSIS_ATTEMPTS + 1):
         tasks.analyse(1)
@@ -156,13 +158,13 @@ def test_file_that_cannot_be_read_is_named_and_the_study_is_told_by_the_others(
     path.unlink()
     away.rename(path)
     assert here.ledger.retry(series.id) == 1
-    monkeypatch.setattr(tasks.pipeline, "analyse", refuse)
+    monkeypatch.setattr(pipeline, "analyse", refuse)
     tasks.analyse(1)
     (series,) = all_series(here.ledger)
     assert series.analyses[0].reason == "not analysed: refused"
 
 
-def refuse(*_: Any) -> None:
+def refuse(*_: Any, **__: Any) -> None:
     raise VolumeError("refused")
 
 
@@ -219,19 +221,19 @@ def test_sweeps_in_several_processes_ring_once(
 def test_card_without_memory_leaves_the_analysis_to_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
 ) -> None:
-    here, devices = make_node(tmp_path, monkeypatch), list[str]()
+    here, devices = make_node(tmp_path, monkeypatch), list[str | None]()
 
-    def networks(device: str, *_: Any) -> Any:
+    def networks(device: str | None, *_: Any) -> Any:
         def segment(*_: Any) -> Any:
             devices.append(device)
             raise VolumeError("read on the CPU") if device == "cpu" else CardMemoryError("cuda has too little memory")
 
         return segment
 
-    monkeypatch.setattr(tasks, "segmenter", networks)
+    monkeypatch.setattr(method, "segmenter", networks)
     receive(here)
     tasks.analyse(1)
     (series,) = all_series(here.ledger)
-    assert devices == ["auto", "cpu"]
+    assert devices == [None, "cpu"]
     assert "goes on on the CPU: cuda has too little memory" in [event.text for event in series.events]
     assert series.analyses[0].reason == "not analysed: read on the CPU"

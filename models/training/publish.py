@@ -220,6 +220,8 @@ def _metadata(task: Task, plan: Plan, version: str, digest: str) -> dict[str, An
         "monai_version": installed("monai"),
         "pytorch_version": installed("torch").split("+")[0],
         "numpy_version": installed("numpy"),
+        "role": task,
+        "dimensions": 2,
         "task": about["title"],
         "intended_use": "Research use, not for diagnosis.",
         "license": _licence(plan.shares),

@@ -15,8 +15,9 @@ from sqlalchemy import select
 from models.registry import ModelIdentity
 from node.intake.received import read_received
 from node.ledger.store import Analysis, Ledger, Series
+from node.methods import registry
+from node.methods.outcome import Earlier
 from node.paths import within
-from node.results.makers import Earlier
 
 #: Latest analyses that are looked at: reading so many headers takes about half a second, and in a hospital it is some
 #: weeks of chest CT.
@@ -26,20 +27,22 @@ _WHO = ("PatientID", "IssuerOfPatientID", "PatientBirthDate", "StudyDate", "Stud
 
 
 def results_of(ledger: Ledger, spool: Path, analysis: int, models: tuple[ModelIdentity, ...]) -> list[Earlier]:
-    """Results of earlier studies of the patient of an analysis, by the same models; one a study.
+    """Results of earlier studies of the patient of an analysis, by the same method and models; one per study.
 
     Of several acquisitions in the series that was analysed last, the one that is called as this one counts, else the
-    one with the largest lungs: an inspiration, rather than an expiration.
+    largest by the method (`Point.size`): an inspiration, rather than an expiration.
     """
     first_of = Series.instances[0].as_string()
     with ledger.read() as session:
         mine = session.get_one(Analysis, analysis)
         first = session.scalars(select(first_of).where(Series.id == mine.series_id)).one()
         done = select(first_of, Analysis).join(Analysis.series).where(Analysis.state == "done")
-        latest_first = done.where(Series.id != mine.series_id).order_by(Analysis.id.desc())
+        others = done.where(Series.id != mine.series_id, Analysis.method == mine.method)
+        latest_first = others.order_by(Analysis.id.desc())
         candidates = [(name, one) for name, one in session.execute(latest_first.limit(LOOKED_AT)) if one.summary]
     if (here := _header(spool, first)) is None or (today := _day(here)) is None or not here.get("PatientID"):
         return []
+    method = registry.find(mine.method)
     by_study: dict[str, list[tuple[int, tuple[bool, float], Earlier]]] = {}
     for name, one in candidates:
         summary = one.summary
@@ -49,10 +52,10 @@ def results_of(ledger: Ledger, spool: Path, analysis: int, models: tuple[ModelId
         header = _header(spool, name)
         if header is None or _who(header) != _who(here) or header.StudyInstanceUID == here.StudyInstanceUID:
             continue
-        if (day := _day(header)) is not None and day < today:
-            both = summary["lungs"]["both"]
-            fits = one.acquisition == mine.acquisition, both["volume_ml"]
-            result = Earlier(day, both["infected_ml"], both["infected_share"])
+        point = method.point(summary)
+        if point is not None and (day := _day(header)) is not None and day < today:
+            fits = one.acquisition == mine.acquisition, point.size
+            result = Earlier(day, point)
             by_study.setdefault(str(header.StudyInstanceUID), []).append((one.series_id, fits, result))
     # The latest analysis of a study comes first: with it, those of the same series count.
     latest = [[one for one in told if one[0] == told[0][0]] for told in by_study.values()]

@@ -31,11 +31,11 @@ from node.delivery.peer import VERIFICATION, Outgoing, PeerError, echo
 from node.delivery.push import push_all
 from node.identity import application_entity
 from node.images.phantom_series import write_series
+from node.installation import Node
 from node.intake.listener import CANNOT_UNDERSTAND
 from node.ledger.store import Series
 from node.operations.supervisor import LUNGNODE
 from node.paths import InvalidUIDError, valid_uid, within
-from node.tasks import Node
 from node.terminal import cell, progress
 
 #: The phantom of the demo: a thorax with ground glass and consolidation in both lungs.

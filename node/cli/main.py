@@ -17,7 +17,8 @@ from rich.text import Text
 
 from node import __version__
 from node.cli import models
-from node.config import CONFIG_VARIABLE, ConfigError, Peer, Settings, load, schema
+from node.config import CONFIG_VARIABLE, ConfigError, Peer, Settings, check, load, schema
+from node.methods.registry import DEFAULT, MethodError
 from node.terminal import err, fail, out, progress
 
 if TYPE_CHECKING:
@@ -64,9 +65,9 @@ def _main(version: _Version = False) -> None:
 @app.command()
 def up(config: Config = None) -> None:
     """Run everything on this machine: broker, listener and workers. Ctrl-C stops cleanly."""
+    from node.installation import Node
     from node.operations.broker import BrokerError, broker
     from node.operations.supervisor import Supervisor, stop_signal
-    from node.tasks import Node
     from node.telemetry import logs
 
     settings = _settings(config)
@@ -95,7 +96,9 @@ def up(config: Config = None) -> None:
 def listen(config: Config = None) -> None:
     """Receive series by C-STORE until stopped."""
     from node import permissions, tasks
+    from node.installation import Node
     from node.intake import closing
+    from node.methods import registry
     from node.operations.broker import BrokerError, broker
     from node.operations.supervisor import settle, stop_signal
     from node.telemetry import logs
@@ -105,11 +108,15 @@ def listen(config: Config = None) -> None:
     try:
         with stop_signal() as stop, broker(settings) as url:
             tasks.app.conf.broker_url = url
-            here = tasks.Node.open(settings)
+            here = Node.open(settings)
             permissions.close(settings.data, everything=True)
             sweeper = tasks.Sweeper(here)
             sweeper.start()
-            listener = closing.intake(here)
+            listener = closing.intake(
+                here,
+                accepts=lambda method, closed: registry.find(method).accepts(closed),
+                dispatch=lambda rows: tasks.ring("analyse", rows),
+            )
             listener.start()
             settle()
             stop.event.wait()
@@ -189,15 +196,19 @@ def analyse(
     folder: Annotated[Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="Folder of DICOM files.")],
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the objects and the overlay PNG.")],
     as_json: Json = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; that of the settings when left out.")] = None,
+    method: Annotated[str, typer.Option(help="Name of the method.")] = DEFAULT,
+    config: Config = None,
 ) -> None:
-    """Analyse the chest CT series in a folder, offline: the same objects as the node makes, and an overlay PNG."""
-    from node.analysis.folder import NothingToAnalyse, analyse_folder
+    """Analyse the CT series in a folder, offline: the same objects as the node makes, and an overlay PNG."""
+    from models.registry import BundleError
+    from node.cli.folder import NothingToAnalyse, analyse_folder
 
+    settings = _settings(config)
     with progress(err, "{task.description}") as bars:
         try:
-            done = analyse_folder(folder, out_folder, device, bars)
-        except NothingToAnalyse as reason:
+            done = analyse_folder(folder, out_folder, settings, bars, method=method, device=device)
+        except (NothingToAnalyse, MethodError, BundleError) as reason:
             bars.stop()
             fail(str(reason))
     if as_json:
@@ -355,12 +366,17 @@ def phantom(
 
 @config_app.command("check")
 def config_check(file: Annotated[Path, typer.Argument(help="Settings file.")]) -> None:
-    """Check a settings file; each error names line, key and fix, and hints say what had better be set."""
+    """Check a settings file and the models that it names; each error names line, key and fix, each hint what to set."""
     from node.delivery.stow import credentials_in_the_clear
 
-    settings = _settings(file)
+    try:
+        settings, hints = check(file)
+    except ConfigError as error:
+        fail(str(error))
     for peer, what, hint in credentials_in_the_clear(settings):
-        err.print(f"peer {peer}: {what}: {hint}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        err.print(f"peer {peer}: {what}: {hint}", style="yellow", soft_wrap=True)
+    for hint in hints:
+        err.print(hint, style="yellow", soft_wrap=True)
     out.print(
         f"{file} is good: {settings.listener.ae_title} on port {settings.listener.port}, "
         f"{len(settings.peers)} peers, {len(settings.routes)} routes",
@@ -389,8 +405,8 @@ def _ledger(config: Path | None) -> Ledger:
     from sqlalchemy.exc import OperationalError
 
     from node.files import retention
+    from node.installation import LEDGER
     from node.ledger.store import Ledger
-    from node.tasks import LEDGER
 
     settings = _settings(config)
     file = settings.data / LEDGER

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from node.config import CONFIG_VARIABLE, ConfigError, load
+from node.methods import registry
 from node.terminal import err, fail, out, progress
 
 if TYPE_CHECKING:  # torch takes seconds to import, and every command of the node imports this module
@@ -115,12 +116,15 @@ def models_list(
         try:
             bundle = load_bundle(name, folder)
         except BundleError as error:
-            rows.append({"name": name, "version": "", "digest": f"wrong: {error}", "licence": "", "measured": ""})
+            rows.append(
+                {"name": name, "role": "", "version": "", "digest": f"wrong: {error}", "licence": "", "measured": ""}
+            )
             continue
         about = bundle.metadata
         rows.append(
             {
                 "name": bundle.name,
+                "role": str(about.get("role", "not stated")),
                 "version": bundle.version,
                 "digest": f"ok, {bundle.sha256[:12]}",
                 "licence": shown(about.get("license", "not stated")),
@@ -130,7 +134,7 @@ def models_list(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("model", "version", "digest", "licence", "measured")
+    table = Table("model", "role", "version", "digest", "licence", "measured")
     for row in rows:
         table.add_row(*map(Text, row.values()), style="red" if row["digest"].startswith("wrong") else None)
     out.print(table)
@@ -204,10 +208,18 @@ def _installed(config: Path | None) -> Path:
 
 
 def _tell_installed(bundle: Bundle) -> None:
-    channels = bundle.metadata["network_data_format"]["outputs"]["pred"]["num_channels"]
-    role = "infection" if int(channels) == 1 else "lungs"
+    from models.roles import role_of
+
+    role = role_of(bundle.metadata)
     out.print(f"{bundle.name} {bundle.version} is in {bundle.path}", soft_wrap=True)
-    out.print(f"To analyse with it, set in the settings: models: {{{role}: {bundle.name}}}", soft_wrap=True)
+    for name in registry.names():
+        try:
+            roles = registry.find(name).roles
+        except registry.MethodError:
+            continue  # somebody else's package, which is no reason to fail here
+        for key in (key for key, wanted in roles.items() if wanted.name == role):
+            told = f"To analyse with it, set in the settings: models: {{{name}: {{{key}: {bundle.name}}}}}"
+            out.print(told, soft_wrap=True)
 
 
 def _headlines(metadata: dict[str, Any]) -> list[str]:

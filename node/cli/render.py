@@ -193,35 +193,30 @@ def to_do(series: Series) -> list[str]:
 
 
 def findings(summary: dict[str, Any]) -> Table:
-    """The findings of one analysis (`node.methods.pneumonia.serialise.summary`), for a terminal."""
-    lungs, scan = summary["lungs"], summary["scan"]
+    """What one analysis found (`node.methods.outcome.plain`), for a terminal."""
+    page = summary["page"]
     made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
-    for name in ("", "volume", "infected", "share", "mean HU"):
+    for name in ("", *page["columns"]):
         made.add_column(name, justify="left" if not name else "right")
-    for name, label in (("right", "right lung"), ("left", "left lung"), ("both", "both lungs")):
-        region = lungs[name]
-        made.add_row(
-            label,
-            f"{region['volume_ml']:,.0f} ml",
-            f"{region['infected_ml']:,.1f} ml",
-            f"{region['infected_share']:.1%}",
-            "" if region["mean_hu"] is None else f"{region['mean_hu']:.0f}",
-        )
-    run, boxes, noisy_or = scan["consecutive"], scan["intensity"], scan["noisy_or"]
-    verdict = "positive" if run["positive"] else "negative"
+    for row in page["rows"]:
+        made.add_row(*map(Text, row))
     lines = [
-        ("consecutive slices", f"{run['longest_run']} ({run['longest_run_mm']:.0f} mm) → {verdict}"),
-        ("intensity", f"{boxes['ratio']:.2f} → {boxes['grade']}"),
-        ("Noisy-OR", f"{noisy_or['probability']:.3f} over {noisy_or['lesions']} lesions (not calibrated)"),
-        ("open-lung slices", f"{len(scan['open_lung']['kept'])} of {len(scan['open_lung']['dark_pixels'])}"),
+        *((name, f"{inputs} → {verdict}") for name, inputs, _, verdict in page["statements"]),
         ("models", ", ".join(f"{model['name']} {model['version']}" for model in summary["models"])),
         *(("note", note) for note in summary["notes"]),
     ]
     rules = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
     for name, text in lines:
-        rules.add_row(name, cell(text))
+        rules.add_row(cell(name), cell(text))
     whole = Table.grid()
-    for part in (made, Text(), rules, Text("research use; not for primary diagnosis", style="dim")):
+    for part in (
+        Text(page["headline"]),
+        Text(),
+        made,
+        Text(),
+        rules,
+        Text("research use; not for primary diagnosis", style="dim"),
+    ):
         whole.add_row(part)
     return whole
 
@@ -245,6 +240,7 @@ def as_json(series: list[Series]) -> list[dict[str, Any]]:
             "analyses": [
                 {
                     "route": analysis.route,
+                    "method": analysis.method,
                     "acquisition": analysis.acquisition,
                     "state": analysis.state,
                     "attempts": analysis.attempts,

@@ -18,7 +18,7 @@ def owe(ledger: Ledger, session: Session, refused: Delivery, peer: Peer) -> None
     getting = {delivery.peer for one in captures for delivery in one.deliveries}
     if refused.object.kind == FALLBACK or refused.peer in getting or not captures:
         return
-    form = Profile(capture=peer.capture).form(FALLBACK)
+    form = Profile(capture=peer.capture).capture_form()
     # In the peer's own form where that was made: the settings may have changed since.
     name = f"{FALLBACK}-{form}" if form else FALLBACK
     chosen = next((one for one in captures if Path(one.path).stem == name), captures[0])

@@ -6,6 +6,7 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,13 +17,14 @@ from sqlalchemy.exc import OperationalError
 
 from node.config import Route
 from node.delivery import commitment, superseding
+from node.images.headers import first_header
+from node.installation import Node
 from node.intake.assembly import Assembly, AssociationId, ClosedSeries, Conflict
 from node.intake.listener import Listener, ListenerOptions
 from node.intake.series_count import Counter
 from node.intake.spool import Spool, attempts, begin_attempt, end_attempt
+from node.intake.verdict import Verdict
 from node.ledger.store import SET_ASIDE, Analysis, Series
-from node.methods.pneumonia.triage import Verdict, triage
-from node.tasks import Node, first_header, ring
 from node.telemetry import logs
 
 log = structlog.get_logger(__name__)
@@ -41,11 +43,17 @@ MOST_ATTEMPTS = 3
 #: Series of a lost ledger that are open at a time.
 OPEN_AT_ONCE = 50
 
+#: What the method of this name says of a closed series; it belongs to a later stage, which the listener is given.
+Accepts = Callable[[str, ClosedSeries], list[Verdict]]
+
+#: Dispatches a task for each analysis, by its row.
+Dispatch = Callable[[Iterable[int]], None]
+
 #: Descriptors that are kept open for as long as the process lives.
 _LOCKS: list[int] = []
 
 
-def intake(here: Node) -> Listener:
+def intake(here: Node, accepts: Accepts, dispatch: Dispatch) -> Listener:
     """The listener of this installation, ready to start, with what was open when the last one ended."""
     me = here.settings.listener
     # Two listeners on one spool would clear away each other's half-written files. The lock goes with the process.
@@ -60,7 +68,7 @@ def intake(here: Node) -> Listener:
     counting = {peer.ae_title: peer for peer in here.settings.peers_that_may("count").values()}
     counter = Counter(counting, me.ae_title)
     assembly = Assembly(
-        lambda closed: series_closed(here, closed),
+        lambda closed: series_closed(here, closed, accepts, dispatch),
         me.quiet_period_s,
         recall=lambda study, series: ((one.header, one.path) for one in spool.series(study, series)),
         lacking=here.ledger.lacks,
@@ -85,8 +93,8 @@ def intake(here: Node) -> Listener:
     return Listener(options, spool, assembly, contexts=contexts, handlers=handlers, stopped=counter.stop)
 
 
-def series_closed(here: Node, closed: ClosedSeries) -> None:
-    """Triage a series that intake closed, and write down what is owed for it.
+def series_closed(here: Node, closed: ClosedSeries, accepts: Accepts, dispatch: Dispatch) -> None:
+    """Find the route of a series that intake closed, ask its method, and record the analyses that are due.
 
     Raises
     ------
@@ -95,11 +103,11 @@ def series_closed(here: Node, closed: ClosedSeries) -> None:
     """
     folder = closed.paths[0].parent
     if attempts(folder) >= MOST_ATTEMPTS:
-        _record(here, _Judged(replace(closed, complete=False), [_set_aside(here, folder)], None, False))
+        _record(here, _Judged(replace(closed, complete=False), [_set_aside(here, folder)], None, False), dispatch)
         return
     before = begin_attempt(folder)
     try:
-        _record(here, _judge(here, closed))
+        _record(here, _judge(here, closed, accepts), dispatch)
     except (OSError, OperationalError):
         end_attempt(folder, before)  # no fault of the series: the disk or the ledger may be well again soon
         raise
@@ -116,13 +124,13 @@ class _Judged:
     urgent: bool
 
 
-def _judge(here: Node, closed: ClosedSeries) -> _Judged:
+def _judge(here: Node, closed: ClosedSeries, accepts: Accepts) -> _Judged:
     try:
-        verdicts = triage(closed)
         header = first_header(closed.paths)
         names = here.settings.peer_names(closed.calling_ae)
         route = next((route for route in here.settings.routes if route.takes(names, header)), None)
-        return _Judged(closed, verdicts, route, _urgent(header) or (route is not None and route.urgent))
+        urgent = _urgent(header) or (route is not None and route.urgent)
+        return _Judged(closed, _verdicts(closed, route, accepts), route, urgent)
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             if closed.offered_for_s < UNREADABLE_S:
@@ -148,11 +156,11 @@ def _set_aside(here: Node, folder: Path) -> Verdict:
     )
 
 
-def _record(here: Node, judged: _Judged) -> None:
+def _record(here: Node, judged: _Judged, dispatch: Dispatch) -> None:
     closed, verdicts, route = judged.closed, judged.verdicts, judged.route
     decision = "; ".join(f"{one.acquisition}: {one.reason}" if one.acquisition else one.reason for one in verdicts)
-    if any(one.analyse for one in verdicts):
-        decision = "not analysed: no route takes it" if route is None else f"route '{route.name}': {decision}"
+    if route is not None and any(one.analyse for one in verdicts):
+        decision = f"route '{route.name}': {decision}"
     with here.ledger() as session:
         series = here.ledger.add_series(
             session,
@@ -175,6 +183,7 @@ def _record(here: Node, judged: _Judged) -> None:
                 series.analyses.append(
                     Analysis(
                         route=route.name,
+                        method=route.analysis,
                         urgent=judged.urgent,
                         destinations={peer: list(kinds) for peer, kinds in route.to.items()},
                         tell=route.tell_not_analysed,
@@ -188,7 +197,23 @@ def _record(here: Node, judged: _Judged) -> None:
         superseding.drop_waiting(here.ledger, session, series)
         bells = [analysis.id for analysis in series.analyses]
     log.info("triaged", series=closed.series_instance_uid, decision=decision)
-    ring("analyse", bells)
+    _dispatch(dispatch, bells)
+
+
+def _verdicts(closed: ClosedSeries, route: Route | None, accepts: Accepts) -> list[Verdict]:
+    """What the route's method says; a method that fails must not keep the series from coming to a visible end."""
+    if route is None:
+        return [Verdict(False, "not analysed: no route takes it")]
+    try:
+        return accepts(route.analysis, closed)
+    except Exception as error:
+        why = f"not analysed: method '{route.analysis}' failed to judge it ({logs.plainly(error)})"
+        return [Verdict(False, why)]
+
+
+def _dispatch(dispatch: Dispatch, analyses: list[int]) -> None:
+    """Without a broker, or where the process ends just now, it is left to the sweep."""
+    dispatch(analyses)
 
 
 def conflict_found(here: Node, conflict: Conflict) -> None:

@@ -166,6 +166,8 @@ class Analysis(Owed):
 
     series_id: Mapped[int] = mapped_column(ForeignKey("series.id"), index=True)
     route: Mapped[str] = mapped_column(Text)
+    #: Name of the method that the route names.
+    method: Mapped[str] = mapped_column(Text, default="pneumonia")
     #: Kinds of object that each peer gets, as the route said when the series was closed.
     destinations: Mapped[dict[str, list[str]]] = mapped_column(JSON)
     #: Whether it and its objects overtake the rest.
@@ -184,7 +186,7 @@ class Analysis(Owed):
     gave_up: Mapped[str | None] = mapped_column(Words, default=None)
     #: Content date and time of the objects; fixed at the first attempt so that a second makes the same objects.
     content_at: Mapped[float | None] = mapped_column(default=None)
-    #: `node.methods.pneumonia.serialise.summary`.
+    #: `node.methods.outcome.plain`.
     summary: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
 
     series: Mapped[Series] = relationship(back_populates="analyses")

@@ -1,6 +1,6 @@
-"""Findings → DICOM objects on disk, one Part 10 file each.
+"""Outcome → DICOM objects on disk, one Part 10 file each.
 
-`build` makes what an analysis found into segmentations, a structured report, a colour capture and a PDF, in the forms
+`build` makes what a method found into segmentations, a structured report, a colour capture and a PDF, in the forms
 that the peers take; `not_analysed` makes the objects that say why there is no result. Both give the same files when
 called again with the same arguments. Each object is read back and checked; one that does not pass says so.
 """
@@ -14,32 +14,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 
 from node.images.volume import Volume
 from node.intake.received import read_received
-from node.methods.pneumonia.findings import Findings
-from node.results import not_analysed_report, pdf, preflight, rejection, report, segmentation
+from node.methods.outcome import NEUTRAL, Earlier, Outcome, Subject
+from node.results import kinds, not_analysed_report, preflight, rejection
 from node.results.capture import maker
 from node.results.capture.drawing import PatientView
-from node.results.forms import KINDS, SEGMENTATIONS, STOPPED, Profile
+from node.results.forms import STOPPED, Profile, kinds_of
+from node.results.making import Making, Naming
 from node.results.provenance import WHOLE, Analysis, Part, SourceInstance, ascii_text, source_instances
-from node.results.trend import Earlier
 from node.text import SENTENCE_LENGTH, printable
-
-__all__ = [
-    "KINDS",
-    "Earlier",
-    "Part",
-    "Profile",
-    "ResultObject",
-    "build",
-    "not_analysed",
-    "overlay_png",
-    "rejection_note",
-]
 
 
 @dataclass(frozen=True)
@@ -59,7 +46,7 @@ class ResultObject:
 
 def build(
     volume: Volume,
-    findings: Findings,
+    outcome: Outcome,
     sources: Sequence[Dataset] | None,
     directory: Path,
     profiles: Iterable[Profile] = (Profile(),),
@@ -72,7 +59,7 @@ def build(
 
     Parameters
     ----------
-    volume, findings
+    volume, outcome
         The series and what was found in it, on the same grid.
     sources
         Headers of the source instances, in any order; None to read them from the files that `volume` names. Patient
@@ -82,7 +69,7 @@ def build(
         is replaced. One that must not be sent is called ``….stopped.dcm``.
     profiles
         What each peer takes; what several have in common is made once. A kind that has nothing to say is left out:
-        without infection there is no infection-seg, without a lung no lung-seg. The others then say so.
+        there is no segmentation without segments. The others then say so.
     content_datetime
         When the analysis was done; an aware one is written in the source's zone, or else in local time.
     earlier
@@ -93,44 +80,37 @@ def build(
     Returns
     -------
     list[ResultObject]
-        In the order of `KINDS`, synced to disk under their final names.
+        Segmentations, report, capture, PDF, synced to disk under their final names.
 
     Raises
     ------
     ValueError
-        Masks that do not fit the volume, infection outside the lungs, or no header of the first slice among
-        `sources`.
+        Masks that do not fit the volume, a kind of object that the outcome has not, or no header of the first slice
+        among `sources`.
     """
-    _require_fit(volume, findings)
+    _require_fit(volume, outcome)
     analysis = Analysis(
         header=_first_header(volume, sources),
         instances=tuple(SourceInstance(s.sop_class_uid, s.sop_instance_uid, s.frame) for s in volume.sources),
-        models=findings.models,
+        models=outcome.models,
         content_datetime=content_datetime,
         part=part,
+        subject=outcome.subject,
     )
-    view = PatientView.of(volume, findings)
-
-    def make(kind: str, profile: Profile) -> Dataset | None:
-        if kind in SEGMENTATIONS:
-            return segmentation.build(volume, findings, analysis, kind, profile.seg)
-        if kind == "sr":
-            made = report.build(volume, findings, analysis, profile)
-            return made or not_analysed_report.not_analysed("no lung was found", analysis)
-        if kind == "capture":
-            return maker.build(view, findings, analysis, profile, earlier)
-        return pdf.build(volume, view, findings, analysis, earlier)
-
+    making = Making(volume, outcome, analysis, earlier)
+    offered = kinds_of(making.kinds)
     wanted: dict[tuple[str, str], list[Profile]] = {}
     for profile in dict.fromkeys(profiles):
-        for kind in profile.kinds:
-            wanted.setdefault((kind, profile.form(kind)), []).append(profile)
+        if unknown := set(profile.kinds or ()) - set(offered):
+            raise ValueError(f"{outcome.subject.method} makes no {', '.join(sorted(unknown))}")
+        for kind in filter(profile.takes, offered):
+            wanted.setdefault((kind, kinds.maker_of(kind).form(profile, making.kinds)), []).append(profile)
     objects = []
-    for kind, form in sorted(wanted, key=lambda key: (KINDS.index(key[0]), key[1])):
-        of = wanted[kind, form]
-        if (dataset := make(kind, of[0])) is not None:
+    for kind, form in sorted(wanted, key=lambda key: (offered.index(key[0]), key[1])):
+        of, naming = wanted[kind, form], Naming(kind, kinds.offset_of(kind, making.kinds), form)
+        if (dataset := kinds.maker_of(kind).build(making, naming, of[0])) is not None:
             name = f"{kind}-{form}" if form else kind
-            objects.append(_write(kind, name, dataset, directory, tuple(of), analysis, volume, findings))
+            objects.append(_write(kind, name, dataset, directory, tuple(of), analysis, making))
     return objects
 
 
@@ -142,6 +122,7 @@ def not_analysed(
     *,
     content_datetime: datetime,
     part: Part = WHOLE,
+    subject: Subject = NEUTRAL,
 ) -> list[ResultObject]:
     """Make the objects that say in the source's study why the series was not analysed.
 
@@ -153,6 +134,8 @@ def not_analysed(
         Free of patient data; goes into the UIDs, so that another reason makes other objects.
     directory, content_datetime, part
         As for `build`.
+    subject
+        Of the method that was to analyse it.
     profiles
         Of their kinds, `sr` (a plain text document) and `capture` (one page) are made, each in one form for all.
 
@@ -164,13 +147,14 @@ def not_analysed(
     if not source_headers:
         raise ValueError("at least one header is needed to place the object in its study")
     reason = ascii_text(printable(f"{part.name}: {reason}" if part.name else reason, SENTENCE_LENGTH))
-    analysis = Analysis(source_headers[0], source_instances(source_headers), (), content_datetime, part)
+    analysis = Analysis(source_headers[0], source_instances(source_headers), (), content_datetime, part, subject)
     makers = {"sr": not_analysed_report.not_analysed, "capture": maker.not_analysed}
     asked = tuple(dict.fromkeys(profiles))
     objects = []
     for kind, make in makers.items():
-        if of := tuple(profile for profile in asked if kind in profile.kinds):
-            objects.append(_write(kind, kind, make(reason, analysis), directory, of, analysis))
+        if of := tuple(profile for profile in asked if profile.takes(kind)):
+            dataset = make(reason, analysis, kinds.offset_of(kind, ()))
+            objects.append(_write(kind, kind, dataset, directory, of, analysis))
     return objects
 
 
@@ -194,28 +178,26 @@ def rejection_note(
         As for `build`.
     """
     analysis = Analysis(source_header, (), (), content_datetime, part)
-    return _write("rejection-note", name, rejection.note(outdated, analysis), directory, (), analysis)
+    kind = kinds.REJECTION_NOTE
+    note = rejection.note(outdated, analysis, kinds.offset_of(kind, ()))
+    return _write(kind, name, note, directory, (), analysis)
 
 
-def overlay_png(volume: Volume, findings: Findings, path: Path) -> None:
+def overlay_png(volume: Volume, outcome: Outcome, path: Path) -> None:
     """Write a PNG montage of the summary and of slices."""
-    maker.overlay_png(PatientView.of(volume, findings), findings, path)
+    maker.overlay_png(PatientView.of(volume, outcome.pictures), outcome, path)
 
 
-def _require_fit(volume: Volume, findings: Findings) -> None:
+def _require_fit(volume: Volume, outcome: Outcome) -> None:
     """A mask that was made for another grid would be painted in the wrong place: refuse it."""
-    shape = volume.hu.shape
-    if findings.lungs.shape != shape or findings.lesions.shape != shape:
-        raise ValueError(f"masks of {findings.lungs.shape} and {findings.lesions.shape} for a volume of {shape}")
+    shape, pictures = volume.hu.shape, outcome.pictures
+    masks = [one.labels for one in outcome.segmentations] + [pictures.outlined.labels, pictures.tinted.labels]
+    if wrong := [mask.shape for mask in masks if mask.shape != shape]:
+        raise ValueError(f"masks of {wrong[0]} for a volume of {shape}")
     if len(volume.sources) != shape[0]:
         raise ValueError(f"{len(volume.sources)} source slices for a volume of {shape[0]}")
-    # Slice by slice: masks of the whole volume would cost as much memory as the volume.
-    if any(
-        np.any((lesions > 0) & (lungs == 0)) for lesions, lungs in zip(findings.lesions, findings.lungs, strict=True)
-    ):
-        raise ValueError("infection outside the lungs belongs to neither side")
-    if not findings.models:
-        raise ValueError("findings that name no model cannot be attributed")
+    if not outcome.models:
+        raise ValueError("an outcome that names no model cannot be attributed")
 
 
 def _first_header(volume: Volume, sources: Sequence[Dataset] | None) -> Dataset:
@@ -235,8 +217,7 @@ def _write(
     directory: Path,
     profiles: tuple[Profile, ...],
     analysis: Analysis,
-    volume: Volume | None = None,
-    findings: Findings | None = None,
+    making: Making | None = None,
 ) -> ResultObject:
     """Write a file that is either whole or not there under its name, and has passed the check or is called stopped."""
     # The same name at each attempt, for one process at a time makes the objects of an analysis: what one that was
@@ -253,7 +234,7 @@ def _write(
     finally:
         if isinstance(frames := dataset.get("PixelData"), io.IOBase):
             frames.close()
-    problems = preflight.problems(part, kind, analysis, volume, findings)
+    problems = preflight.problems(part, kind, kinds.maker_of(kind), analysis, making)
     path = directory / (f"{name}{STOPPED}" if problems else f"{name}.dcm")
     part.replace(path)
     folder = os.open(directory, os.O_RDONLY)

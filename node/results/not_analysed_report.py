@@ -13,10 +13,11 @@ from pydicom.uid import BasicTextSRStorage
 from node import __version__
 from node.identity import MODEL_NAME
 from node.results.provenance import NOT_FOR_DIAGNOSIS, Analysis, code_item, describe
+from node.results.references import hierarchy
 
 
-def not_analysed(reason: str, analysis: Analysis) -> Dataset:
-    """Document with the reason; `reason` is ASCII."""
+def not_analysed(reason: str, analysis: Analysis, offset: int) -> Dataset:
+    """Document with the reason, which is ASCII; `offset` as of `describe`."""
     document = Dataset()
     document.CompletionFlag, document.VerificationFlag, document.PreliminaryFlag = (
         "COMPLETE",
@@ -25,7 +26,8 @@ def not_analysed(reason: str, analysis: Analysis) -> Dataset:
     )
     document.ReferencedPerformedProcedureStepSequence = Items()
     document.PerformedProcedureCodeSequence = Items()
-    document.CurrentRequestedProcedureEvidenceSequence = Items([_evidence(analysis)])
+    evidence = hierarchy(analysis, [(analysis.header.SeriesInstanceUID, analysis.unique_instances())])
+    document.CurrentRequestedProcedureEvidenceSequence = Items([evidence])
     document.ValueType, document.ContinuityOfContent = "CONTAINER", "SEPARATE"
     document.ConceptNameCodeSequence = Items([code_item(Code("18748-4", "LN", "Diagnostic imaging report"))])
     findings = Dataset()
@@ -48,7 +50,7 @@ def not_analysed(reason: str, analysis: Analysis) -> Dataset:
         kind="sr",
         sop_class_uid=BasicTextSRStorage,
         modality="SR",
-        series_offset=93,
+        series_offset=offset,
         series_description="AI: not analysed (SR)",
         variant=reason,
     )
@@ -60,18 +62,3 @@ def _text(name: Code, text: str) -> Dataset:
     item.RelationshipType, item.ValueType, item.TextValue = "CONTAINS", "TEXT", text
     item.ConceptNameCodeSequence = Items([code_item(name)])
     return item
-
-
-def _evidence(analysis: Analysis) -> Dataset:
-    """The source instances, study → series → instance (PS3.3 C.17-3)."""
-    series = Dataset()
-    series.SeriesInstanceUID = analysis.header.SeriesInstanceUID
-    series.ReferencedSOPSequence = Items()
-    for source in analysis.unique_instances():
-        item = Dataset()
-        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = source.sop_class_uid, source.sop_instance_uid
-        series.ReferencedSOPSequence.append(item)
-    study = Dataset()
-    study.StudyInstanceUID = analysis.header.StudyInstanceUID
-    study.ReferencedSeriesSequence = Items([series])
-    return study

@@ -7,7 +7,6 @@ printed: those are in the object's header, where an archive can correct them.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 
 from PIL import Image as Picture
 from pydicom.dataset import Dataset
@@ -25,19 +24,19 @@ from reportlab.platypus import Flowable, Image, Paragraph, SimpleDocTemplate, Sp
 
 from node import __version__
 from node.identity import MODEL_NAME
-from node.images.volume import Volume
-from node.methods.pneumonia.findings import Findings
+from node.methods.outcome import Table as Numbers
+from node.methods.outcome import cell
 from node.results.capture.drawing import PatientView, axial, projection
-from node.results.capture.maker import references
 from node.results.capture.typesetting import MEDIUM, REGULAR, font_file, typographic
-from node.results.provenance import NOT_FOR_DIAGNOSIS, Analysis, code_item, describe
-from node.results.trend import Earlier, course
-from node.results.wording import LIMITS, coverage, rules, summary
+from node.results.coverage import coverage
+from node.results.forms import Profile
+from node.results.making import Making, Naming
+from node.results.provenance import NOT_FOR_DIAGNOSIS, code_item, describe
+from node.results.references import sources
+from node.results.trend import rows
 
 #: Pictures as bytes, not as text of five letters for four bytes: a fifth smaller, and encoded in no time.
 rl_config.useA85 = 0
-
-_TITLE = "Chest CT: lungs and pneumonia infection"
 
 #: Dark grey for what matters less, and a dark orange that warns and still reads on white paper.
 _DIM, _WARN, _RULE = HexColor(0x555B63), HexColor(0x9A4B00), HexColor(0xC4C8CD)
@@ -46,17 +45,15 @@ _DIM, _WARN, _RULE = HexColor(0x555B63), HexColor(0x9A4B00), HexColor(0xC4C8CD)
 _WIDTH = A4[0] - 36 * mm - 12
 
 
-def build(
-    volume: Volume, view: PatientView, findings: Findings, analysis: Analysis, earlier: Sequence[Earlier] = ()
-) -> Dataset:
-    """Document of `findings`; made whether or not something is infected."""
-    pdf = _pdf(volume, view, findings, analysis, earlier)
+def build(making: Making, naming: Naming, _profile: Profile) -> Dataset:
+    """Document of the outcome; made whether or not something was found."""
+    pdf, analysis = _pdf(making), making.analysis
     document = Dataset()
     document.ConversionType = "WSD"
     document.AcquisitionDateTime = None
     document.BurnedInAnnotation = "NO"
-    document.SourceInstanceSequence = Items(references(analysis))
-    document.DocumentTitle = _TITLE
+    document.SourceInstanceSequence = Items(sources(analysis))
+    document.DocumentTitle = making.outcome.title
     document.ConceptNameCodeSequence = Items([code_item(Code("18748-4", "LN", "Diagnostic imaging report"))])
     document.MIMETypeOfEncapsulatedDocument = "application/pdf"
     document.EncapsulatedDocumentLength = len(pdf)
@@ -64,18 +61,18 @@ def build(
     describe(
         document,
         analysis,
-        kind="pdf",
+        kind=naming.kind,
         sop_class_uid=EncapsulatedPDFStorage,
         modality="DOC",
-        series_offset=95,
+        series_offset=naming.offset,
         series_description="AI summary (PDF)",
+        variant=naming.variant,
     )
     return document
 
 
-def _pdf(
-    volume: Volume, view: PatientView, findings: Findings, analysis: Analysis, earlier: Sequence[Earlier]
-) -> bytes:
+def _pdf(making: Making) -> bytes:
+    outcome = making.outcome
     for weight in (REGULAR, MEDIUM):
         if weight not in pdfmetrics.getRegisteredFontNames():
             pdfmetrics.registerFont(TTFont(weight, font_file(weight)))
@@ -85,22 +82,23 @@ def _pdf(
     warning = ParagraphStyle("warning", text, fontName=MEDIUM, textColor=_WARN)
     title = ParagraphStyle("title", strong, fontSize=17, leading=22)
     told: list[Flowable] = [
-        _paragraph(_TITLE, title),
+        _paragraph(outcome.title, title),
         _paragraph(NOT_FOR_DIAGNOSIS, warning),
         Spacer(0, 3 * mm),
-        _paragraph(summary(findings), strong),
+        _paragraph(outcome.headline, strong),
         Spacer(0, 2 * mm),
-        _regions(findings, text),
+        _table(outcome.table, text),
         Spacer(0, 3 * mm),
     ]
-    for rule in (*rules(findings), *course(earlier, findings)):
-        told.append(_paragraph(f"{rule.name}: {rule.outcome}", text))
-        told.append(_paragraph(f"{rule.inputs}; {rule.limit}", small))
-    told += [_paragraph(f"Note: {note}", warning) for note in findings.notes]
-    told += [Spacer(0, 4 * mm), _pictures(view, small), Spacer(0, 4 * mm)]
-    told += [_paragraph(" ".join(coverage(volume, findings, analysis.header)), small), Spacer(0, 1 * mm)]
-    told.append(_paragraph(LIMITS, small))
-    models = "; ".join(f"{model.name} {model.version} (sha256 {model.sha256[:12]}…)" for model in findings.models)
+    for one in rows(outcome, making.earlier):
+        told.append(_paragraph(f"{one.name}: {one.verdict}", text))
+        told.append(_paragraph(f"{one.inputs}; {one.limits}", small))
+    told += [_paragraph(f"Note: {note}", warning) for note in outcome.notes]
+    told += [Spacer(0, 4 * mm), _pictures(making.view, small), Spacer(0, 4 * mm)]
+    shown = " ".join(coverage(making.volume, outcome, making.analysis.header))
+    told += [_paragraph(shown, small), Spacer(0, 1 * mm)]
+    told.append(_paragraph(outcome.limits, small))
+    models = "; ".join(f"{model.name} {model.version} (sha256 {model.sha256[:12]}…)" for model in outcome.models)
     told.append(_paragraph(f"Made by {MODEL_NAME} {__version__} with the models {models}.", small))
     made = io.BytesIO()
     # invariant: no date of making and no random identifier, so that the same findings give the same bytes.
@@ -111,7 +109,7 @@ def _pdf(
         rightMargin=18 * mm,
         topMargin=15 * mm,
         bottomMargin=15 * mm,
-        title=_TITLE,
+        title=outcome.title,
         author=f"{MODEL_NAME} {__version__}",
         subject=NOT_FOR_DIAGNOSIS,
         lang="en",
@@ -125,23 +123,16 @@ def _paragraph(text: str, style: ParagraphStyle) -> Paragraph:
     return Paragraph(escaped, style)
 
 
-def _regions(findings: Findings, style: ParagraphStyle) -> Table:
-    rows = [["", "Lung, ml", "Infected, ml", "Infected, %", "Lung, HU", "Infected, HU"]]
-    for name, region in (("Right lung", findings.right), ("Left lung", findings.left), ("Both lungs", findings.both)):
-        numbers = (
-            (region.volume_ml, 0),
-            (region.infected_ml, 1),
-            (100 * region.infected_share, 1),
-            (region.mean_hu, 0),
-            (region.infected_mean_hu, 0),
-        )
-        # nan, the mean of nothing, is the one number that differs from itself.
-        cells = ("–" if value != value else typographic(f"{value:.{decimals}f}") for value, decimals in numbers)
-        rows.append([name, *cells])
+def _table(table: Numbers, style: ParagraphStyle) -> Table:
+    cells = [["", *(column.heading for column in table.columns)]]
+    for row in table.rows:
+        numbers = (cell(column, value) for column, value in zip(table.columns, row.values, strict=True))
+        cells.append([row.name, *(typographic(number) for number in numbers)])
+    others = 0.75 / len(table.columns)
     return Table(
-        rows,
+        cells,
         hAlign="LEFT",
-        colWidths=[_WIDTH * share for share in (0.25, 0.15, 0.15, 0.15, 0.15, 0.15)],
+        colWidths=[_WIDTH * share for share in (0.25, *(others for _ in table.columns))],
         style=TableStyle(
             [
                 ("FONT", (0, 0), (-1, -1), REGULAR, style.fontSize),
@@ -158,9 +149,9 @@ def _regions(findings: Findings, style: ParagraphStyle) -> Table:
 
 def _pictures(view: PatientView, style: ParagraphStyle) -> Table:
     """Three pictures beside each other, each with its caption."""
-    infected = bool(view.infection.any())
-    plane = int(view.infected_area.argmax()) if infected else int(view.lung_planes[view.lung_planes.size // 2])
-    which = "most infected slice" if infected else "middle of the lungs"
+    tinted, words = bool(view.tinted.any()), view.pictures
+    plane = int(view.tinted_area.argmax()) if tinted else int(view.planes[view.planes.size // 2])
+    which = words.most if tinted else words.middle
     # Three pixels a point, 216 an inch: as fine as the slices are.
     side = _WIDTH / 3 - 2 * mm
     pixels = round(side * 3)
@@ -170,7 +161,7 @@ def _pictures(view: PatientView, style: ParagraphStyle) -> Table:
     return Table(
         [
             [_picture(picture, side) for picture in pictures],
-            [_paragraph(caption[0].upper() + caption[1:], style) for caption in captions],
+            [_paragraph(caption, style) for caption in captions],
         ],
         hAlign="LEFT",
         colWidths=[_WIDTH / 3] * 3,

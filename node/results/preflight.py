@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID, MultiFrameTrueColorSecondaryCaptureImageStorage
 
 from node.images.volume import Volume
-from node.methods.pneumonia.findings import Findings
-from node.results.forms import SEGMENTATIONS
+from node.methods.outcome import Segmentation
+from node.results.making import Maker, Making
 from node.results.provenance import Analysis
-from node.results.segmentation import LABELMAP_STORAGE, labels, segments
+from node.results.segmentation import LABELMAP_STORAGE
 
 #: Explicit VR gives the length of pixel data and documents in 32 bits (PS3.5 7.1.2); above this many bytes a file is
 #: refused by archives long before.
@@ -30,49 +31,26 @@ MAXIMUM_BYTES = 2_000_000_000
 #: Millimetres, and part of a cosine, by which geometry may differ: decimal strings are written with ten decimals.
 _EXACT = 1e-4
 
-#: Type 1 attributes of the mandatory modules, at the top level (PS3.3 annex A): there, with a value.
-REQUIRED = {
-    "common": "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Modality SeriesNumber InstanceNumber",
-    "infection-seg": "ContentDate ContentTime ImageType LossyImageCompression Rows Columns SamplesPerPixel "
-    "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation NumberOfFrames ContentLabel "
-    "Manufacturer ManufacturerModelName DeviceSerialNumber SoftwareVersions SegmentationType SegmentSequence "
-    "SharedFunctionalGroupsSequence DimensionOrganizationSequence FrameOfReferenceUID PixelData",
-    "sr": "ContentDate ContentTime CompletionFlag VerificationFlag ValueType ContinuityOfContent "
-    "ConceptNameCodeSequence ContentSequence CurrentRequestedProcedureEvidenceSequence",
-    "capture": "BurnedInAnnotation ConversionType Rows Columns SamplesPerPixel PhotometricInterpretation "
-    "BitsAllocated BitsStored HighBit PixelRepresentation NumberOfFrames PixelData",
-    "pdf": "BurnedInAnnotation ConversionType MIMETypeOfEncapsulatedDocument EncapsulatedDocument",
-}
-REQUIRED["rejection-note"] = "ContentDate ContentTime ValueType ConceptNameCodeSequence ContentSequence"
-REQUIRED["lung-seg"] = REQUIRED["infection-seg"]
-
-#: Type 2 attributes of the same modules: there, perhaps empty.
-PRESENT = {
-    "common": "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber "
-    "ReferringPhysicianName Manufacturer",
-    "infection-seg": "ContentDescription",
-    "lung-seg": "ContentDescription",
-    "sr": "ReferencedPerformedProcedureStepSequence PerformedProcedureCodeSequence",
-    "rejection-note": "ReferencedPerformedProcedureStepSequence",
-    "capture": "PatientOrientation",
-    "pdf": "AcquisitionDateTime ContentDate ContentTime DocumentTitle ConceptNameCodeSequence",
-}
+#: Type 1 and type 2 attributes of the mandatory modules that all kinds have; each kind's own are in the table of kinds.
+REQUIRED = "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Modality SeriesNumber InstanceNumber"
+PRESENT = (
+    "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber "
+    "ReferringPhysicianName Manufacturer"
+)
 
 
-def problems(
-    path: Path, kind: str, analysis: Analysis, volume: Volume | None = None, findings: Findings | None = None
-) -> list[str]:
+def problems(path: Path, kind: str, maker: Maker, analysis: Analysis, making: Making | None = None) -> list[str]:
     """What is wrong with the object in `path`, in a sentence each; empty when it may be sent.
 
     Parameters
     ----------
     path
         The file as it would be sent.
-    kind
-        Its kind, as in `KINDS`, or rejection-note.
+    kind, maker
+        Its kind, and that kind's entry in the table.
     analysis
         What it belongs to.
-    volume, findings
+    making
         What it was made from; None for an object that says why nothing was analysed.
     """
     if path.stat().st_size > MAXIMUM_BYTES:
@@ -80,35 +58,54 @@ def problems(
     try:
         # Values above a megabyte stay on disk until they are asked for.
         with pydicom.dcmread(path, defer_size="1 MB") as made:
-            return list(_problems(made, kind, analysis, volume, findings))
+            checks = _attributes(made, maker), _identity(made, analysis), maker.check(made, kind, analysis, making)
+            return list(chain.from_iterable(checks))
     except Exception as error:
         # The text of an error may quote a value, and a value may be the patient's.
         return [f"it cannot be read back ({type(error).__name__})"]
 
 
-def _problems(
-    made: Dataset, kind: str, analysis: Analysis, volume: Volume | None, findings: Findings | None
-) -> Iterator[str]:
-    yield from _attributes(made, kind)
-    yield from _identity(made, analysis)
-    if kind == "sr":
-        yield from _references(made, analysis)
-        if volume is not None:
-            yield from _groups(made, volume)
-    elif kind == "capture":
-        yield from _pixels(made)
-    elif kind == "pdf":
-        yield from _pdf(made)
-    elif kind in SEGMENTATIONS and volume is not None and findings is not None:
-        yield from _geometry(made, volume)
-        yield from _segments(made, kind, volume, findings)
+def segmentation(made: Dataset, kind: str, _analysis: Analysis, making: Making | None) -> Iterator[str]:
+    """Check a segmentation: it lies on the source's grid, and holds every voxel that was found and no other."""
+    if making is not None:
+        yield from _geometry(made, making.volume)
+        yield from _segments(made, making.volume, making.segmentation(kind))
 
 
-def _attributes(made: Dataset, kind: str) -> Iterator[str]:
-    for keyword in f"{REQUIRED['common']} {REQUIRED[kind]}".split():
+def report(made: Dataset, _kind: str, analysis: Analysis, making: Making | None) -> Iterator[str]:
+    """Check a report: its references, and its measurement groups."""
+    yield from _references(made, analysis)
+    if making is not None:
+        yield from _groups(made, making.volume)
+
+
+def capture(made: Dataset, _kind: str, _analysis: Analysis, _making: Making | None) -> Iterator[str]:
+    """Check a capture: every page is there, and none is blank."""
+    if made.SOPClassUID != MultiFrameTrueColorSecondaryCaptureImageStorage:
+        yield "it is no colour capture"
+    expected = int(made.NumberOfFrames) * made.Rows * made.Columns * 3
+    pixels = np.frombuffer(made.PixelData, np.uint8)
+    if pixels.size not in (expected, expected + expected % 2):
+        yield f"it has {pixels.size} bytes of pixels, not {expected}"
+        return
+    # The title or the place is written at the top of each page: one of a single colour was not drawn.
+    pages = pixels[:expected].reshape(int(made.NumberOfFrames), -1)
+    if any(page[: len(page) // 8].max() == page[: len(page) // 8].min() for page in pages):
+        yield "a page is blank"
+
+
+def pdf(made: Dataset, _kind: str, _analysis: Analysis, _making: Making | None) -> Iterator[str]:
+    """Check a PDF: the document is whole."""
+    document = bytes(made.EncapsulatedDocument)
+    if not document.startswith(b"%PDF-") or b"%%EOF" not in document[-16:]:
+        yield "it holds no whole PDF"
+
+
+def _attributes(made: Dataset, maker: Maker) -> Iterator[str]:
+    for keyword in f"{REQUIRED} {maker.required}".split():
         if keyword not in made or made[keyword].is_empty:
             yield f"{keyword} has no value"
-    for keyword in f"{PRESENT['common']} {PRESENT[kind]}".split():
+    for keyword in f"{PRESENT} {maker.present}".split():
         if keyword not in made:
             yield f"{keyword} is missing"
 
@@ -156,15 +153,14 @@ def _geometry(made: Dataset, volume: Volume) -> Iterator[str]:
         yield "its referenced series is not the source's instances"
 
 
-def _segments(made: Dataset, kind: str, volume: Volume, findings: Findings) -> Iterator[str]:
+def _segments(made: Dataset, volume: Volume, found: Segmentation) -> Iterator[str]:
     """Numbers without gaps, no empty segment, no frame in the wrong place, every voxel that was found and no other."""
     numbers = [int(item.SegmentNumber) for item in made.SegmentSequence]
-    expected = segments(kind, findings)
-    if numbers != [segment.number for segment in expected]:
+    if numbers != [segment.number for segment in found.segments] or numbers != list(range(1, len(numbers) + 1)):
         yield f"its segments are numbered {numbers}, not from 1 without a gap"
         return
     place = {(source.sop_instance_uid, source.frame): k for k, source in enumerate(volume.sources)}
-    wanted = labels(kind, findings)
+    wanted = found.labels
     painted = np.zeros(len(numbers) + 1, np.int64)
     frames = _frames(made)
     shared = made.SharedFunctionalGroupsSequence[0]
@@ -190,12 +186,12 @@ def _segments(made: Dataset, kind: str, volume: Volume, findings: Findings) -> I
         if not np.array_equal(frame, here):
             yield "a frame differs from what was found on its slice"
             return
-    for segment in expected:
-        found = sum(np.count_nonzero(plane == segment.number) for plane in wanted)
-        if found == 0:
-            yield f"segment {segment.number} is empty"
-        elif painted[segment.number] != found:
-            yield f"segment {segment.number} lacks {found - painted[segment.number]} voxels"
+    for number in numbers:
+        there = sum(np.count_nonzero(plane == number) for plane in wanted)
+        if there == 0:
+            yield f"segment {number} is empty"
+        elif painted[number] != there:
+            yield f"segment {number} lacks {there - painted[number]} voxels"
 
 
 def _macro(frame: Dataset, shared: Dataset, keyword: str) -> Dataset:
@@ -263,26 +259,6 @@ def _groups(made: Dataset, volume: Volume) -> Iterator[str]:
                 (image,) = child.ContentSequence
                 if image.ReferencedSOPSequence[0].ReferencedSOPInstanceUID not in sources:
                     yield "an outline lies on an image that is not of the source"
-
-
-def _pixels(made: Dataset) -> Iterator[str]:
-    if made.SOPClassUID != MultiFrameTrueColorSecondaryCaptureImageStorage:
-        yield "it is no colour capture"
-    expected = int(made.NumberOfFrames) * made.Rows * made.Columns * 3
-    pixels = np.frombuffer(made.PixelData, np.uint8)
-    if pixels.size not in (expected, expected + expected % 2):
-        yield f"it has {pixels.size} bytes of pixels, not {expected}"
-        return
-    # The title or the place is written at the top of each page: one of a single colour was not drawn.
-    pages = pixels[:expected].reshape(int(made.NumberOfFrames), -1)
-    if any(page[: len(page) // 8].max() == page[: len(page) // 8].min() for page in pages):
-        yield "a page is blank"
-
-
-def _pdf(made: Dataset) -> Iterator[str]:
-    document = bytes(made.EncapsulatedDocument)
-    if not document.startswith(b"%PDF-") or b"%%EOF" not in document[-16:]:
-        yield "it holds no whole PDF"
 
 
 def _walk(item: Dataset) -> Iterator[Dataset]:

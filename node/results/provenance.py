@@ -22,6 +22,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 from models.registry import ModelIdentity
 from node import __version__
 from node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, MANUFACTURER, MODEL_NAME
+from node.methods.outcome import NEUTRAL, Subject
 
 #: Goes into every object, in the words that a reader can see.
 NOT_FOR_DIAGNOSIS = "AI result, not for primary diagnosis"
@@ -62,12 +63,13 @@ class Analysis:
     models: tuple[ModelIdentity, ...]
     content_datetime: datetime
     part: Part = WHOLE
+    subject: Subject = NEUTRAL
 
     def uid(self, *names: str) -> str:
         """UID for what `names` says within this analysis.
 
         It depends on the source series, the set of its instances (not their order), what they are called where they
-        are a part of it, the models and `names`; on nothing else.
+        are a part of it, the method, the models and `names`; on nothing else.
 
         Returns
         -------
@@ -80,7 +82,7 @@ class Analysis:
         models = [f"{model.name} {model.version} {model.sha256}" for model in self.models]
         series = str(self.header.get("SeriesInstanceUID", ""))
         part = [self.part.name] if self.part.name else []
-        return uid_of(series, generation.hexdigest(), *part, *models, *names)
+        return uid_of(series, generation.hexdigest(), *part, *self.subject.uid_names, *models, *names)
 
     def unique_instances(self) -> list[SourceInstance]:
         """Every source instance once, without frame numbers, in slice order."""
@@ -150,6 +152,17 @@ def describe(
     dataset.DeviceSerialNumber = analysis.serial_number
     dataset.ContributingEquipmentSequence = Items(_contributing_equipment(analysis, date + time))
     dataset.file_meta = _file_meta(dataset)
+
+
+def set_body_part(dataset: Dataset, subject: Subject) -> None:
+    """Say which body part the images of a series show.
+
+    Where that is not known it may be one of a pair, and Laterality is there with no value (PS3.3 C.7.3.1, type 2C).
+    """
+    if subject.body_part:
+        dataset.BodyPartExamined = subject.body_part
+    else:
+        dataset.Laterality = None
 
 
 def code_item(code: Code) -> Dataset:

@@ -16,7 +16,8 @@ from pydicom.sr.coding import Code
 from pydicom.uid import EncapsulatedPDFStorage, KeyObjectSelectionDocumentStorage
 
 from node.identity import MANUFACTURER, MODEL_NAME
-from node.results.provenance import Analysis, describe
+from node.results.provenance import Analysis, SourceInstance, describe
+from node.results.references import named
 
 #: (SOP class UID, SOP instance UID, series instance UID) of an object that is taken out of use.
 Outdated = tuple[str, str, str]
@@ -26,8 +27,8 @@ _SR = "1.2.840.10008.5.1.4.1.1.88."
 _NO_IMAGES = (_SR, EncapsulatedPDFStorage)
 
 
-def note(outdated: Sequence[Outdated], analysis: Analysis) -> Dataset:
-    """Rejection note for `outdated` objects of the study of `analysis`, by TID 2010."""
+def note(outdated: Sequence[Outdated], analysis: Analysis, offset: int) -> Dataset:
+    """Rejection note for `outdated` objects of the study of `analysis`, by TID 2010; `offset` as of `describe`."""
     objects = [_named(analysis, *one) for one in outdated]
     document = hd.ko.KeyObjectSelectionDocument(
         evidence=objects,
@@ -50,7 +51,7 @@ def note(outdated: Sequence[Outdated], analysis: Analysis) -> Dataset:
         kind="rejection-note",
         sop_class_uid=KeyObjectSelectionDocumentStorage,
         modality="KO",
-        series_offset=99,
+        series_offset=offset,
         series_description="AI: earlier results outdated",
         variant="\n".join(sorted(sop_instance_uid for _, sop_instance_uid, _ in outdated)),
     )
@@ -59,11 +60,7 @@ def note(outdated: Sequence[Outdated], analysis: Analysis) -> Dataset:
 
 def _named(analysis: Analysis, sop_class_uid: str, sop_instance_uid: str, series_instance_uid: str) -> Dataset:
     """An outdated object as highdicom wants it; one with rows and columns becomes an IMAGE reference."""
-    item = Dataset()
-    item.SOPClassUID, item.SOPInstanceUID = sop_class_uid, sop_instance_uid
-    item.StudyInstanceUID, item.SeriesInstanceUID = analysis.header.StudyInstanceUID, series_instance_uid
-    item.PatientID = item.PatientName = item.PatientBirthDate = item.PatientSex = ""
-    item.StudyID = item.StudyDate = item.StudyTime = item.AccessionNumber = ""
+    item = named(analysis, SourceInstance(sop_class_uid, sop_instance_uid), series_instance_uid)
     if not sop_class_uid.startswith(_NO_IMAGES):
         item.Rows = item.Columns = 1
     return item

@@ -1,25 +1,22 @@
-"""Structured report (TID 1500) of the measurements and of the statement about the scan.
+"""Structured report (TID 1500) of a method's measurements and statements.
 
 Its form is what viewers were measured to open: a closed SCOORD outline on one source slice in every measurement
 group (OHIF stops at a group without one), source slices given as evidence only, and, since OHIF shows of a
 measurement no more than name, value and unit, one measurement in each group whose name says what the group is.
 
-The groups are the right lung, the left lung, the infection as a whole, and its `LARGEST_LESIONS` largest lesions.
-A volume names the segments that it was measured on, where the peer has them (as source of measurement, since TID 1411
-takes an outline or a segment, never both); the tracking UIDs of the lungs are those of the segments.
-What the scan-level rules say stands, as numbers and codes, in the infection's group (in the first lung's, where
-nothing is infected) and, as sentences with their inputs and thresholds, under Qualitative Evaluations.
+A measurement names the segments that it was made on, where the peer has them (as source of measurement, since TID 1411
+takes an outline or a segment, never both). Statements stand, as sentences with their inputs and limits, under
+Qualitative Evaluations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import highdicom as hd
 import numpy as np
 from highdicom.coding_schemes import CodingSchemeIdentificationItem
-from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
@@ -27,66 +24,48 @@ from pydicom.uid import Comprehensive3DSRStorage, ComprehensiveSRStorage
 
 from node import __version__
 from node.identity import MANUFACTURER, MODEL_NAME
-from node.images.volume import Volume
-from node.methods.pneumonia.findings import LEFT, RIGHT, Findings, Lesion, Region
+from node.methods.codes import PRIVATE_SCHEME, QUALITY
+from node.methods.outcome import CodingScheme, Measurement, MeasurementGroup, Outline
 from node.results.contour import outer_contour
-from node.results.forms import SEGMENTATIONS, Profile
-from node.results.provenance import NOT_FOR_DIAGNOSIS, Analysis, describe, uid_of
-from node.results.segmentation import LEFT_LUNG, PNEUMONIA, RIGHT_LUNG, segments, sop_class_uid
-from node.results.wording import LIMITS, coverage, sentences
+from node.results.coverage import coverage
+from node.results.forms import Profile
+from node.results.making import Making, Naming
+from node.results.provenance import (
+    NOT_FOR_DIAGNOSIS,
+    Analysis,
+    SourceInstance,
+    describe,
+    uid_of,
+)
+from node.results.references import named
+from node.results.segmentation import sop_class_uid
 
-#: Lesions that get a measurement group, largest first; the others count in the sums only. A viewer lists a row for
-#: each, and more than ten hide the lungs' own.
-LARGEST_LESIONS = 10
-
-#: Coding scheme of the codes below; described in each report's Coding Scheme Identification Sequence.
-PRIVATE_SCHEME = "99LUNGNODE"
-
-#: The private codes: what no standard scheme has a code for. A value keeps its meaning for ever.
-PRIVATE_CODES = {
-    "101": "Right lung infected share",
-    "102": "Right lung infected volume",
-    "103": "Left lung infected share",
-    "104": "Left lung infected volume",
-    "105": "Infected share of both lungs",
-    "106": "Lesion infection probability",
-    "107": "Lesion share of its lung",
-    "201": "Slices with infection",
-    "202": "Longest run of slices with infection",
-    "203": "Length of longest run of slices with infection",
-    "204": "Lesion boxes per lung area",
-    "205": "Lesion boxes",
-    "206": "Scan infection probability (Noisy-OR)",
-    "211": "Consecutive slices rule",
-    "212": "Intensity rule",
-    "221": "Alarming",
-    "222": "Not COVID-19-like",
-    "231": "Image quality and coverage",
-}
+#: The node's own coding scheme; methods may bring further ones.
+_OWN_SCHEME = CodingScheme(PRIVATE_SCHEME, "Private codes of lungnode", uid_of("coding scheme"), MANUFACTURER)
 
 
-def build(volume: Volume, findings: Findings, analysis: Analysis, profile: Profile) -> Dataset | None:
-    """Report of `findings`; None where no lung was found, as a group needs an outline on a slice."""
-    sources = _Segments(findings, analysis, profile)
-    groups = list(_groups(findings, analysis, sources))
+def build(making: Making, naming: Naming, profile: Profile) -> Dataset | None:
+    """Report of the outcome; None where it has no group, as a report of measurements needs one."""
+    outcome, analysis, variant = making.outcome, making.analysis, naming.variant
+    segments = _Segments(making, profile)
+    groups = [_group(group, analysis, segments) for group in outcome.groups]
     if not groups:
         return None
     report = hd.sr.MeasurementReport(
         observation_context=hd.sr.ObservationContext(observer_device_context=_device(analysis)),
-        procedure_reported=Code("169069000", "SCT", "CT of chest"),
+        procedure_reported=outcome.subject.procedure,
         imaging_measurements=groups,
         title=codes.DCM.ImagingMeasurementReport,
     )
     root = report[0]
-    root.ContentSequence.append(_evaluations(volume, findings, analysis))
+    root.ContentSequence.append(_evaluations(making))
     comprehensive = profile.sr == "comprehensive"
-    variant = profile.form("sr")
     document = (hd.sr.ComprehensiveSR if comprehensive else hd.sr.Comprehensive3DSR)(
-        evidence=[*_evidence(analysis), *sources.evidence()],
+        evidence=[*_evidence(analysis), *segments.evidence()],
         content=root,
-        series_instance_uid=analysis.uid("sr", variant, "series"),
-        series_number=93,
-        sop_instance_uid=analysis.uid("sr", variant, "instance"),
+        series_instance_uid=analysis.uid(naming.kind, variant, "series"),
+        series_number=naming.offset,
+        sop_instance_uid=analysis.uid(naming.kind, variant, "instance"),
         instance_number=1,
         manufacturer=MANUFACTURER,
         is_complete=True,
@@ -94,21 +73,22 @@ def build(volume: Volume, findings: Findings, analysis: Analysis, profile: Profi
         is_verified=False,
         coding_schemes=[
             CodingSchemeIdentificationItem(
-                designator=PRIVATE_SCHEME,
-                name="Private codes of lungnode",
-                uid=uid_of("coding scheme"),
-                responsible_organization=MANUFACTURER,
+                designator=scheme.designator,
+                name=scheme.name,
+                uid=scheme.uid,
+                responsible_organization=scheme.organization,
             )
+            for scheme in (_OWN_SCHEME, *outcome.schemes)
         ],
     )
     _separate(document)
     describe(
         document,
         analysis,
-        kind="sr",
+        kind=naming.kind,
         sop_class_uid=ComprehensiveSRStorage if comprehensive else Comprehensive3DSRStorage,
         modality="SR",
-        series_offset=93,
+        series_offset=naming.offset,
         series_description="AI measurements (SR)",
         variant=variant,
     )
@@ -118,141 +98,45 @@ def build(volume: Volume, findings: Findings, analysis: Analysis, profile: Profi
 class _Segments:
     """The segments that a peer gets with the report, as sources of its measurements."""
 
-    def __init__(self, findings: Findings, analysis: Analysis, profile: Profile) -> None:
-        self._analysis = analysis
+    def __init__(self, making: Making, profile: Profile) -> None:
+        self._analysis = making.analysis
+        self._variant = profile.seg_form()
         self._sop_class_uid = sop_class_uid(profile.seg)
-        self._variant = {kind: profile.form(kind) for kind in SEGMENTATIONS if kind in profile.kinds}
-        self._segments = {kind: segments(kind, findings) for kind in self._variant}
+        self._there = [one.kind for one in making.outcome.segmentations if one.segments and profile.takes(one.kind)]
 
-    def source(self, measurement: hd.sr.Measurement | None, kind: str, *sides: int) -> hd.sr.Measurement | None:
-        """`measurement` with the segments of these sides as its source (TID 320, INFERRED FROM)."""
-        numbers = [segment.number for segment in self._segments.get(kind, ()) if segment.side in sides]
-        if measurement is not None and numbers:
-            image = hd.sr.ImageContentItem(
-                name=Code("121112", "DCM", "Source of Measurement"),
-                referenced_sop_class_uid=self._sop_class_uid,
-                referenced_sop_instance_uid=self._analysis.uid(kind, self._variant[kind], "instance"),
-                referenced_segment_numbers=numbers,
-                relationship_type=hd.sr.RelationshipTypeValues.INFERRED_FROM,
-            )
-            (item,) = measurement
-            item.ContentSequence = hd.sr.ContentSequence([*item.get("ContentSequence", []), image])
-        return measurement
+    def name(self, item: Dataset, sources: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+        """Give a measurement the segments that it was made on (TID 320, INFERRED FROM)."""
+        for kind, numbers in sources:
+            if kind in self._there and numbers:
+                image = hd.sr.ImageContentItem(
+                    name=Code("121112", "DCM", "Source of Measurement"),
+                    referenced_sop_class_uid=self._sop_class_uid,
+                    referenced_sop_instance_uid=self._uid(kind, "instance"),
+                    referenced_segment_numbers=list(numbers),
+                    relationship_type=hd.sr.RelationshipTypeValues.INFERRED_FROM,
+                )
+                item.ContentSequence = hd.sr.ContentSequence([*item.get("ContentSequence", []), image])
 
     def evidence(self) -> Iterator[Dataset]:
         """Names of the segmentations that are referred to."""
-        for kind, variant in self._variant.items():
-            if self._segments[kind]:
-                uids = (self._analysis.uid(kind, variant, what) for what in ("instance", "series"))
-                yield _named(self._analysis, self._sop_class_uid, *uids)
+        for kind in self._there:
+            instance = SourceInstance(self._sop_class_uid, self._uid(kind, "instance"))
+            yield named(self._analysis, instance, self._uid(kind, "series"))
 
-
-#: UCUM units (PS3.16 CID 82). OHIF shows the code, so shares and probabilities are % and not the bare '1'.
-_ML = Code("ml", "UCUM", "ml")
-_PERCENT = Code("%", "UCUM", "%")
-_HU = Code("[hnsf'U]", "UCUM", "HU")
-_MM = Code("mm", "UCUM", "mm")
-_SLICES = Code("{slices}", "UCUM", "slices")
-_BOXES = Code("{boxes}", "UCUM", "boxes")
-
-_MEAN_HU = Code("112181", "DCM", "Mean Attenuation Coefficient")
-#: Concept of the sentences on quality and coverage; no standard scheme has one for CT.
-_QUALITY = Code("231", PRIVATE_SCHEME, PRIVATE_CODES["231"])
-_POSITIVE, _NEGATIVE = Code("10828004", "SCT", "Positive"), Code("260385009", "SCT", "Negative")
-
-
-def _private(value: str) -> Code:
-    return Code(value, PRIVATE_SCHEME, PRIVATE_CODES[value])
-
-
-def _groups(
-    findings: Findings, analysis: Analysis, sources: _Segments
-) -> Iterator[hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations]:
-    infection = _largest_outline((plane > 0 for plane in findings.lesions), analysis)
-    # The statement about the scan goes with the infection, and without one with the first lung.
-    pending = None if infection else _scan_level(findings)
-    for value, name, region, code in (
-        (RIGHT, "Right lung", findings.right, RIGHT_LUNG),
-        (LEFT, "Left lung", findings.left, LEFT_LUNG),
-    ):
-        outline = _largest_outline((plane == value for plane in findings.lungs), analysis)
-        if outline:
-            yield _group(
-                analysis,
-                f"{name.lower().replace(' ', '-')}",
-                name,
-                code,
-                _site(name.split()[0]),
-                outline,
-                _lung_measurements(region, name, value, sources),
-                pending,
-            )
-            pending = None
-    if infection:
-        yield _group(
-            analysis,
-            "infection",
-            "Infection, both lungs",
-            PNEUMONIA,
-            hd.sr.FindingSite(anatomic_location=codes.SCT.Lung),
-            infection,
-            [
-                _measure(_private("105"), 100 * findings.both.infected_share, _PERCENT, 2),
-                sources.source(
-                    _measure(codes.SCT.Volume, findings.both.infected_ml, _ML, 2), "infection-seg", RIGHT, LEFT
-                ),
-                _measure(_MEAN_HU, findings.both.infected_mean_hu, _HU, 1),
-            ],
-            _scan_level(findings),
-        )
-    for lesion in findings.lesion_list[:LARGEST_LESIONS]:
-        yield _lesion_group(findings, lesion, analysis, sources)
-
-
-def _lesion_group(
-    findings: Findings, lesion: Lesion, analysis: Analysis, sources: _Segments
-) -> hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations:
-    plane = findings.lesions[lesion.key_slice] == lesion.label
-    box = tuple(slice(*lesion.box[n : n + 2]) for n in (0, 2, 4))
-    # A lesion may reach across where the lungs touch, and then lies in the segments of both.
-    sides = np.unique(findings.lungs[box][findings.lesions[box] == lesion.label]).tolist()
-    lung = (findings.left if lesion.side == "left" else findings.right).volume_ml
-    return _group(
-        analysis,
-        f"lesion-{lesion.label}",
-        f"Lesion {lesion.label}, {lesion.side} lung",
-        PNEUMONIA,
-        _site(lesion.side.capitalize()),
-        _outline(plane, lesion.key_slice, analysis),
-        [
-            _measure(_private("106"), 100 * lesion.probability, _PERCENT, 1),
-            sources.source(_measure(codes.SCT.Volume, lesion.volume_ml, _ML, 2), "infection-seg", *sides),
-            _measure(_private("107"), 100 * lesion.volume_ml / lung if lung else float("nan"), _PERCENT, 2),
-            _measure(_MEAN_HU, lesion.mean_hu, _HU, 1),
-        ],
-        None,
-    )
+    def _uid(self, kind: str, what: str) -> str:
+        return self._analysis.uid(kind, self._variant, what)
 
 
 def _group(
-    analysis: Analysis,
-    name: str,
-    label: str,
-    finding: Code,
-    site: hd.sr.FindingSite,
-    region: hd.sr.ImageRegion,
-    measurements: list[hd.sr.Measurement | None],
-    scan_level: tuple[list[hd.sr.Measurement | None], list[hd.sr.QualitativeEvaluation]] | None,
+    group: MeasurementGroup, analysis: Analysis, segments: _Segments
 ) -> hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations:
-    numbers, evaluations = scan_level or ([], [])
-    model = analysis.models[0 if name.endswith("-lung") else -1]
-    tracking_uid = analysis.uid("tracking", name)
+    model, measured = group.model, [_measure(one, segments) for one in group.measurements]
     return hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
-        # The UIDs of the lungs are those of the segments, which ties the two objects together.
-        tracking_identifier=hd.sr.TrackingIdentifier(uid=tracking_uid, identifier=label),
-        referenced_regions=[region],
-        finding_type=finding,
-        finding_sites=[site],
+        # Of a segment of the same name it is the same, which ties the two objects together.
+        tracking_identifier=hd.sr.TrackingIdentifier(uid=analysis.uid("tracking", group.name), identifier=group.label),
+        referenced_regions=[_region(group.outline, analysis)],
+        finding_type=group.finding,
+        finding_sites=[hd.sr.FindingSite(anatomic_location=group.site, laterality=group.laterality)],
         algorithm_id=hd.sr.AlgorithmIdentification(
             name=model.name,
             version=model.version,
@@ -260,73 +144,28 @@ def _group(
             family=codes.DCM.ArtificialIntelligence,
             manufacturer=MANUFACTURER,
         ),
-        measurements=[each for each in (*measurements, *numbers) if each is not None],
-        qualitative_evaluations=evaluations,
+        measurements=[one for one in measured if one is not None],
+        qualitative_evaluations=[hd.sr.QualitativeEvaluation(name, value) for name, value in group.evaluations],
     )
 
 
-def _lung_measurements(region: Region, name: str, side: int, sources: _Segments) -> list[hd.sr.Measurement | None]:
-    share, infected = ("101", "102") if name == "Right lung" else ("103", "104")
-    return [
-        _measure(_private(share), 100 * region.infected_share, _PERCENT, 2),
-        sources.source(_measure(_private(infected), region.infected_ml, _ML, 2), "infection-seg", side),
-        # The whole lung: its segment and, where it is infected, the infection's.
-        sources.source(
-            sources.source(_measure(codes.SCT.Volume, region.volume_ml, _ML, 1), "lung-seg", side),
-            "infection-seg",
-            side,
-        ),
-        _measure(_MEAN_HU, region.mean_hu, _HU, 1),
-    ]
-
-
-def _scan_level(
-    findings: Findings,
-) -> tuple[list[hd.sr.Measurement | None], list[hd.sr.QualitativeEvaluation]]:
-    """Inputs and outcomes of the rules, as numbers and as codes."""
-    consecutive, intensity, noisy_or = findings.scan.consecutive, findings.scan.intensity, findings.scan.noisy_or
-    grades = {"Alarming": _private("221"), "Mild": codes.SCT.Mild, "not COVID-19-like": _private("222")}
-    numbers = [
-        _measure(_private("201"), consecutive.positive_slices, _SLICES, 0),
-        _measure(_private("202"), consecutive.longest_run, _SLICES, 0),
-        _measure(_private("203"), consecutive.longest_run_mm, _MM, 1),
-        _measure(_private("204"), 100 * intensity.ratio, _PERCENT, 2),
-        _measure(_private("205"), intensity.boxes, _BOXES, 0),
-        _measure(_private("206"), 100 * noisy_or.probability, _PERCENT, 2),
-    ]
-    evaluations = [
-        hd.sr.QualitativeEvaluation(_private("211"), _POSITIVE if consecutive.positive else _NEGATIVE),
-        hd.sr.QualitativeEvaluation(_private("212"), grades[intensity.grade]),
-    ]
-    return numbers, evaluations
-
-
-def _measure(name: Code, value: float, unit: Code, decimals: int) -> hd.sr.Measurement | None:
+def _measure(measurement: Measurement, segments: _Segments) -> hd.sr.Measurement | None:
     """A measurement; None where there is no number to give, such as the mean HU of nothing."""
+    value, decimals = measurement.value, measurement.decimals
     if not np.isfinite(value):
         return None
-    return hd.sr.Measurement(name=name, value=round(float(value), decimals) if decimals else round(value), unit=unit)
+    number = round(float(value), decimals) if decimals else round(value)
+    made = hd.sr.Measurement(name=measurement.name, value=number, unit=measurement.unit)
+    (item,) = made
+    segments.name(item, measurement.sources)
+    return made
 
 
-def _site(side: str) -> hd.sr.FindingSite:
-    laterality = codes.SCT.Right if side == "Right" else codes.SCT.Left
-    return hd.sr.FindingSite(anatomic_location=codes.SCT.Lung, laterality=laterality)
-
-
-def _largest_outline(planes: Iterable[NDArray[np.bool_]], analysis: Analysis) -> hd.sr.ImageRegion | None:
-    """Outline on the plane that shows most, the first of equal ones; None where none shows anything."""
-    most, largest = 0, None
-    for index, plane in enumerate(planes):
-        if (area := int(np.count_nonzero(plane))) > most:
-            most, largest = area, (plane, index)
-    return _outline(*largest, analysis) if largest else None
-
-
-def _outline(plane: NDArray[np.bool_], index: int, analysis: Analysis) -> hd.sr.ImageRegion:
-    source = analysis.instances[index]
+def _region(outline: Outline, analysis: Analysis) -> hd.sr.ImageRegion:
+    source = analysis.instances[outline.slice]
     return hd.sr.ImageRegion(
         graphic_type=hd.sr.GraphicTypeValues.POLYLINE,
-        graphic_data=outer_contour(plane),
+        graphic_data=outer_contour(outline.mask),
         source_image=hd.sr.SourceImageForRegion(
             source.sop_class_uid,
             source.sop_instance_uid,
@@ -335,20 +174,19 @@ def _outline(plane: NDArray[np.bool_], index: int, analysis: Analysis) -> hd.sr.
     )
 
 
-def _evaluations(volume: Volume, findings: Findings, analysis: Analysis) -> hd.sr.ContainerContentItem:
+def _evaluations(making: Making) -> hd.sr.ContainerContentItem:
     """Qualitative Evaluations of the whole scan, as sentences (TID 1500 rows 12 to 14)."""
+    outcome, analysis = making.outcome, making.analysis
     container = hd.sr.ContainerContentItem(
         name=Code("C0034375", "UMLS", "Qualitative Evaluations"),
         relationship_type=hd.sr.RelationshipTypeValues.CONTAINS,
     )
     models = "; ".join(f"{model.name} {model.version} (sha256 {model.sha256})" for model in analysis.models)
-    texts = [(codes.DCM.Summary, sentence) for sentence in sentences(findings)]
-    if len(findings.lesion_list) > LARGEST_LESIONS:
-        listed = f"Listed one by one: the {LARGEST_LESIONS} largest of {len(findings.lesion_list)} lesions."
-        texts.insert(1, (codes.DCM.Summary, listed))
-    texts += [(_QUALITY, sentence) for sentence in coverage(volume, findings, analysis.header)]
+    sentences = [outcome.headline, *outcome.details, *(one.sentence for one in outcome.statements), *outcome.notes]
+    texts = [(codes.DCM.Summary, sentence) for sentence in sentences]
+    texts += [(QUALITY, sentence) for sentence in coverage(making.volume, outcome, analysis.header)]
     texts += [
-        (codes.DCM.Comment, f"{NOT_FOR_DIAGNOSIS}. {LIMITS}"),
+        (codes.DCM.Comment, f"{NOT_FOR_DIAGNOSIS}. {outcome.limits}"),
         (codes.DCM.Comment, f"Made by {MODEL_NAME} {__version__} with the models {models}."),
     ]
     container.ContentSequence = hd.sr.ContentSequence(
@@ -377,17 +215,7 @@ def _device(analysis: Analysis) -> hd.sr.ObserverContext:
 def _evidence(analysis: Analysis) -> Iterator[Dataset]:
     """Names of the source instances."""
     for source in analysis.unique_instances():
-        yield _named(analysis, source.sop_class_uid, source.sop_instance_uid, analysis.header.SeriesInstanceUID)
-
-
-def _named(analysis: Analysis, sop_class_uid: str, sop_instance_uid: str, series_instance_uid: str) -> Dataset:
-    """An instance of the study as evidence; patient attributes come later, in `describe`."""
-    item = Dataset()
-    item.SOPClassUID, item.SOPInstanceUID = sop_class_uid, sop_instance_uid
-    item.StudyInstanceUID, item.SeriesInstanceUID = analysis.header.StudyInstanceUID, series_instance_uid
-    item.PatientID = item.PatientName = item.PatientBirthDate = item.PatientSex = ""
-    item.StudyID = item.StudyDate = item.StudyTime = item.AccessionNumber = ""
-    return item
+        yield named(analysis, source, analysis.header.SeriesInstanceUID)
 
 
 def _separate(item: Dataset) -> None:

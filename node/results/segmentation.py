@@ -1,4 +1,4 @@
-"""DICOM SEG of the lungs and of the infection, on the grid of the source slices.
+"""DICOM SEG of what a method found, on the grid of the source slices.
 
 The form is the one that viewers were measured to paint exactly: BINARY, one instance a series, empty frames left
 out, segment numbers without gaps, every frame naming its source slice, every segment with a colour.
@@ -6,67 +6,33 @@ out, segment numbers without gaps, every frame naming its source slice, every se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import cast
 
 import highdicom as hd
 import numpy as np
-from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as Items
 from pydicom.sr.codedict import codes
-from pydicom.sr.coding import Code
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
 from pydicom.valuerep import DSfloat
 
 from node import __version__
 from node.identity import MANUFACTURER, MODEL_NAME
 from node.images.volume import Volume
-from node.methods.pneumonia.findings import LEFT, RIGHT, Findings
+from node.methods.outcome import Segment
 from node.results.forms import Profile, SegForm
-from node.results.provenance import NOT_FOR_DIAGNOSIS, Analysis, describe, uid_of
+from node.results.making import Making, Naming
+from node.results.provenance import (
+    NOT_FOR_DIAGNOSIS,
+    Analysis,
+    describe,
+    set_body_part,
+    uid_of,
+)
+from node.results.references import reference, sources
 
 #: SOP class of LABELMAP segmentations (PS3.4 B.5), younger than pydicom's names.
 LABELMAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
-
-RIGHT_LUNG = Code("3341006", "SCT", "Right lung")
-LEFT_LUNG = Code("44029006", "SCT", "Left lung")
-PNEUMONIA = Code("233604007", "SCT", "Pneumonia")
-
-#: sRGB of each segment; of the palette of Okabe and Ito, which the colour-blind can tell apart.
-COLOURS = {
-    "right-lung": (86, 180, 233),
-    "left-lung": (0, 158, 115),
-    "right-infection": (230, 159, 0),
-    "left-infection": (213, 94, 0),
-}
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One segment of a segmentation, as it is numbered there."""
-
-    number: int
-    #: Value of its voxels in `Findings.lungs`.
-    side: int
-    name: str
-    label: str
-
-
-def segments(kind: str, findings: Findings) -> list[Segment]:
-    """The segments of a segmentation, numbered from 1; empty where it has nothing to show.
-
-    The lungs' are what is left beside the infection, so that no voxel lies in two segments, of either series.
-    """
-    part, label = ("infection", "Infection, {} lung") if kind == "infection-seg" else ("lung", "{} lung, not infected")
-    sides = []
-    for side, word, region in ((RIGHT, "right", findings.right), (LEFT, "left", findings.left)):
-        # Both are a number of voxels times the same factor, so they are equal where the whole lung is infected.
-        if region.infected_ml > 0 if part == "infection" else region.volume_ml > region.infected_ml:
-            text = label.format(word)
-            sides.append((side, f"{word}-{part}", text[0].upper() + text[1:]))
-    # An absent side shifts the numbers: a gap in them loses the last segment in OHIF.
-    return [Segment(number, *named) for number, named in enumerate(sides, 1)]
 
 
 def sop_class_uid(form: SegForm) -> str:
@@ -74,29 +40,27 @@ def sop_class_uid(form: SegForm) -> str:
     return LABELMAP_STORAGE if form == "labelmap" else str(SegmentationStorage)
 
 
-def build(volume: Volume, findings: Findings, analysis: Analysis, kind: str, form: SegForm) -> Dataset | None:
+def build(making: Making, naming: Naming, profile: Profile) -> Dataset | None:
     """SEG of one kind; None where it would be empty."""
-    present = segments(kind, findings)
-    if not present:
+    found, analysis, form = making.segmentation(naming.kind), making.analysis, profile.seg
+    if not found.segments:
         return None
     labelmap = form == "labelmap"
-    variant = Profile(seg=form).form(kind)
-    offset, series_description, label = _SERIES[kind]
     seg = hd.seg.Segmentation(
-        source_images=_grid(volume, analysis),
-        pixel_array=labels(kind, findings),
+        source_images=_grid(making.volume, analysis),
+        pixel_array=found.labels,
         segmentation_type=hd.seg.SegmentationTypeValues.LABELMAP if labelmap else hd.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[_describe_segment(segment, analysis) for segment in present],
-        series_instance_uid=analysis.uid(kind, variant, "series"),
-        series_number=offset,
-        sop_instance_uid=analysis.uid(kind, variant, "instance"),
+        segment_descriptions=[_describe_segment(segment, analysis) for segment in found.segments],
+        series_instance_uid=analysis.uid(naming.kind, naming.variant, "series"),
+        series_number=naming.offset,
+        sop_instance_uid=analysis.uid(naming.kind, naming.variant, "instance"),
         instance_number=1,
         manufacturer=MANUFACTURER,
         manufacturer_model_name=MODEL_NAME,
         software_versions=__version__,
         device_serial_number=analysis.serial_number,
         transfer_syntax_uid=ExplicitVRLittleEndian,
-        content_label=label,
+        content_label=found.content_label,
         content_description=NOT_FOR_DIAGNOSIS,
         omit_empty_frames=form != "binary-all-frames",
     )
@@ -105,53 +69,28 @@ def build(volume: Volume, findings: Findings, analysis: Analysis, kind: str, for
         # says that 0 is none (PS3.3 C.8.20.2).
         seg["SegmentSequence"].value = Items(item for item in seg.SegmentSequence if item.SegmentNumber != 0)
     _name_sources(seg, analysis)
-    _fix_dimensions(seg, analysis.uid(kind, variant, "dimensions"))
+    _fix_dimensions(seg, analysis.uid(naming.kind, naming.variant, "dimensions"))
     describe(
         seg,
         analysis,
-        kind=kind,
+        kind=naming.kind,
         sop_class_uid=sop_class_uid(form),
         modality="SEG",
-        series_offset=offset,
-        series_description=series_description,
-        variant=variant,
+        series_offset=naming.offset,
+        series_description=found.description,
+        variant=naming.variant,
     )
-    seg.BodyPartExamined = "CHEST"
+    set_body_part(seg, analysis.subject)
     return cast("Dataset", seg)
 
 
-def labels(kind: str, findings: Findings) -> NDArray[np.uint8]:
-    """Segment number of every voxel, 0 for none, by `segments`."""
-    present = segments(kind, findings)
-    values = np.zeros(findings.lungs.shape, np.uint8)
-    # Slice by slice: whole arrays in between would cost three times the memory, and the time to fetch it.
-    for lungs, lesions, plane in zip(findings.lungs, findings.lesions, values, strict=True):
-        here = lesions > 0 if kind == "infection-seg" else lesions == 0
-        if not here.any():
-            continue
-        for segment in present:
-            plane += np.uint8(segment.number) * (here & (lungs == segment.side))
-    return values
-
-
-#: Kind → offset of the series number, series description, content label.
-_SERIES = {
-    "infection-seg": (91, "AI infection (SEG)", "AI_INFECTION"),
-    "lung-seg": (92, "AI lungs (SEG)", "AI_LUNGS"),
-}
-
-
 def _describe_segment(segment: Segment, analysis: Analysis) -> hd.seg.SegmentDescription:
-    lung = RIGHT_LUNG if segment.side == RIGHT else LEFT_LUNG
-    infected = segment.name.endswith("infection")
-    model = analysis.models[-1 if infected else 0]
+    model = segment.model
     return hd.seg.SegmentDescription(
         segment_number=segment.number,
         segment_label=segment.label,
-        segmented_property_category=(
-            codes.SCT.MorphologicallyAbnormalStructure if infected else codes.SCT.AnatomicalStructure
-        ),
-        segmented_property_type=PNEUMONIA if infected else lung,
+        segmented_property_category=segment.category,
+        segmented_property_type=segment.type,
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=hd.AlgorithmIdentificationSequence(
             name=model.name,
@@ -162,8 +101,8 @@ def _describe_segment(segment: Segment, analysis: Analysis) -> hd.seg.SegmentDes
         ),
         tracking_uid=analysis.uid("tracking", segment.name),
         tracking_id=segment.label,
-        anatomic_regions=[lung] if infected else None,
-        display_color=hd.color.CIELabColor.from_rgb(*COLOURS[segment.name]),
+        anatomic_regions=list(segment.regions) or None,
+        display_color=hd.color.CIELabColor.from_rgb(*segment.colour),
     )
 
 
@@ -203,12 +142,7 @@ def _grid(volume: Volume, analysis: Analysis) -> list[Dataset]:
 
 def _name_sources(seg: Dataset, analysis: Analysis) -> None:
     """Put the real instances, and frames of multi-frame ones, where the stand-ins of `_grid` are named."""
-    references = []
-    for source in analysis.unique_instances():
-        reference = Dataset()
-        reference.ReferencedSOPClassUID = source.sop_class_uid
-        reference.ReferencedSOPInstanceUID = source.sop_instance_uid
-        references.append(reference)
+    references = sources(analysis)
     seg.SourceImageSequence = Items(references)
     seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence = Items(references)
     real = {_stand_in(number): source for number, source in enumerate(analysis.instances)}
@@ -217,11 +151,7 @@ def _name_sources(seg: Dataset, analysis: Analysis) -> None:
             # Segments share the items of a slice, so one may be done already.
             if item.ReferencedSOPInstanceUID not in real:
                 continue
-            source = real[item.ReferencedSOPInstanceUID]
-            item.ReferencedSOPClassUID = source.sop_class_uid
-            item.ReferencedSOPInstanceUID = source.sop_instance_uid
-            if source.frame is not None:
-                item.ReferencedFrameNumber = source.frame
+            item.update(reference(real[item.ReferencedSOPInstanceUID]))
 
 
 def _stand_in(number: int) -> str:

@@ -1,34 +1,25 @@
-"""How the infection went over a patient's scans: earlier results beside this one."""
+"""How a finding went over a patient's scans: earlier results beside this one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import date
 
-from node.methods.pneumonia.findings import Findings
-from node.results.wording import Rule
+from node.methods.outcome import Earlier, Outcome, Statement
 
-#: Earlier scans that are told, the latest ones; more do not fit a line.
+#: Earlier scans that are shown, the latest ones; more do not fit a line.
 MOST = 4
 
 
-@dataclass(frozen=True)
-class Earlier:
-    """What an earlier scan of the patient came to."""
-
-    day: date
-    infected_ml: float
-    #: 0 to 1, of both lungs.
-    infected_share: float
-
-
-def course(earlier: Sequence[Earlier], findings: Findings) -> list[Rule]:
-    """One row: the infected share of both lungs over the latest scans; none where there is no earlier one."""
-    told = sorted(earlier, key=lambda one: one.day)[-MOST:]
-    if not told:
+def trend(earlier: Sequence[Earlier], outcome: Outcome) -> list[Statement]:
+    """One row with the latest scans, from the first on; none where there is no earlier one."""
+    shown = sorted(earlier, key=lambda one: one.day)[-MOST:]
+    if not shown:
         return []
-    now = f"{100 * findings.both.infected_share:.1f} %, {findings.both.infected_ml:.1f} ml"
-    before = ", then ".join(f"{one.day.day} {one.day:%b %Y}: {100 * one.infected_share:.1f} %" for one in told)
-    last = f"before {100 * told[-1].infected_share:.1f} %, {told[-1].infected_ml:.1f} ml"
-    return [Rule("Course, infected part of both lungs", before, "earlier results of this node", f"{last}; now {now}")]
+    before = ", then ".join(f"{one.day.day} {one.day:%b %Y}: {one.point.short}" for one in shown)
+    verdict = f"before {shown[-1].point.long}; now {outcome.point.long}"
+    return [Statement(outcome.trend, before, "earlier results of this node", verdict)]
+
+
+def rows(outcome: Outcome, earlier: Sequence[Earlier]) -> list[Statement]:
+    """The statements that stand on the pages, and the trend."""
+    return [*(one for one in outcome.statements if one.on_pages), *trend(earlier, outcome)]

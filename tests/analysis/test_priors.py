@@ -13,7 +13,8 @@ from synthetic_chest import MODELS, Shape, make_chest
 
 from node.analysis import priors
 from node.ledger.store import Analysis, Ledger
-from node.methods.pneumonia.serialise import summary
+from node.methods.outcome import Earlier, plain
+from node.methods.pneumonia.outcome import outcome_of
 
 
 class Archive:
@@ -30,6 +31,7 @@ class Archive:
         study: str = "",
         state: str = "done",
         models: Any = MODELS,
+        method: str = "pneumonia",
         **attributes: Any,
     ) -> int:
         """One series of one slice in the spool; gives the id of its analysis' row."""
@@ -53,8 +55,8 @@ class Archive:
                 verdict="",
             )
             assert row is not None
-            told_in = json.loads(json.dumps(summary(findings, chest.volume)))
-            analysis = Analysis(route="r", destinations={}, state=state, summary=told_in)
+            told_in = json.loads(json.dumps(plain(outcome_of(chest.volume, findings))))
+            analysis = Analysis(route="r", method=method, destinations={}, state=state, summary=told_in)
             row.analyses.append(analysis)
             session.flush()
             return int(analysis.id)
@@ -75,8 +77,16 @@ class Archive:
             session.flush()
             return [int(one.id) for one in made]
 
-    def before(self, analysis: int, models: Any = MODELS) -> list[priors.Earlier]:
+    def before(self, analysis: int, models: Any = MODELS) -> list[Earlier]:
         return priors.results_of(self.ledger, self.spool, analysis, models)
+
+
+def ml(earlier: Earlier) -> float:
+    return float(earlier.point.long.split()[-2])
+
+
+def share(earlier: Earlier) -> float:
+    return float(earlier.point.short.split()[0])
 
 
 @pytest.fixture
@@ -89,8 +99,8 @@ def test_earlier_studies_are_told_from_the_first(archive: Archive) -> None:
     archive.add("20260101", ((-75.0, 45.0, 0.0), 40.0))
     first, second = archive.before(archive.add("20260310"))
     assert (first.day, second.day) == (date(2026, 1, 1), date(2026, 3, 1))
-    assert first.infected_ml > second.infected_ml > 0
-    assert first.infected_share > second.infected_share > 0
+    assert ml(first) > ml(second) > 0
+    assert share(first) > share(second) > 0
 
 
 @pytest.mark.parametrize(
@@ -103,6 +113,7 @@ def test_earlier_studies_are_told_from_the_first(archive: Archive) -> None:
         {"day": "20260311"},
         {"day": ""},
         {"state": "failed"},
+        {"method": "another"},
         {"models": (MODELS[0], replace(MODELS[1], version="9.9.9"))},
         {"study": "1.2.3.99"},
     ],
@@ -123,7 +134,7 @@ def test_the_latest_analysis_of_a_study_counts(archive: Archive) -> None:
     archive.add("20260301", ((-75.0, 45.0, 0.0), 40.0), study="1.2.3.50")
     (only,) = archive.before(now := archive.add("20260310"))
     archive.add("20260302", ((-75.0, 45.0, 0.0), 40.0))
-    assert only.infected_ml == archive.before(now)[1].infected_ml
+    assert only.point == archive.before(now)[1].point
 
 
 def test_of_several_acquisitions_the_same_counts_else_the_one_with_the_largest_lungs(archive: Archive) -> None:
@@ -133,7 +144,7 @@ def test_of_several_acquisitions_the_same_counts_else_the_one_with_the_largest_l
     assert archive.before(now) == [whole]
     # Those of one series are not compared with each other, whichever is analysed last.
     first, second = archive.split(now, c=0.5, d=1.0)
-    assert [one.infected_ml for one in archive.before(first)] == [whole.infected_ml * 0.25]
+    assert [ml(one) for one in archive.before(first)] == [pytest.approx(ml(whole) * 0.25, abs=0.06)]
     assert archive.before(second) == [whole]
 
 

@@ -17,8 +17,8 @@ from node import __version__
 from node.cli.main import app
 from node.cli.render import all_series, as_json, state, table, timeline, to_do
 from node.config import load
+from node.installation import Node
 from node.ledger.store import Analysis, Delivery, Ledger, Object, Series
-from node.tasks import Node
 
 RUNNER = CliRunner()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import free_port, running_orthanc, wait_for
+from conftest import accepts, free_port, running_orthanc, wait_for
 from owed import outbox, owe, states
 from pacs import BadPacs, bad_pacs
 from pydicom import Dataset
@@ -18,9 +18,9 @@ from sqlalchemy import select, update
 from node.config import Peer, Settings
 from node.delivery import commitment
 from node.delivery.outbox import Outbox
+from node.installation import Node
 from node.intake import closing
 from node.ledger.store import MAX_DELIVERY_ATTEMPTS, Commitment, Delivery, Event, Ledger, Line
-from node.tasks import Node
 
 pytestmark = [
     pytest.mark.usefixtures("short_waits"),
@@ -47,7 +47,7 @@ def listening(tmp_path: Path, ledger: Ledger) -> Iterator[int]:
     me = {"host": "127.0.0.1", "port": port}
     settings = Settings.model_validate({"data": tmp_path / "var", "listener": me, "peers": peers})
     Node.open(settings)
-    listener = closing.intake(Node(settings, ledger))
+    listener = closing.intake(Node(settings, ledger), accepts, lambda _: None)
     listener.start()
     yield port
     listener.stop()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Orthanc, tool, wait_for
+from conftest import Orthanc, series_closed, tool, wait_for
 from pacs import CLASSES, bad_pacs
 from pydicom import dcmread
 from pydicom.uid import KeyObjectSelectionDocumentStorage, MultiFrameTrueColorSecondaryCaptureImageStorage
@@ -18,17 +18,16 @@ from test_journey import run
 
 from models.phantom.phantom import Phantom, phantom
 from node import tasks
-from node.analysis.folder import closed_folder
+from node.cli.folder import closed_folder
 from node.cli.render import all_series, deliveries, state, to_do
 from node.config import Peer, Settings
 from node.delivery.outbox import Outbox
 from node.images.phantom_series import write_series
-from node.intake import closing
+from node.installation import Node
 from node.intake.assembly import ClosedSeries
 from node.ledger import store as ledger_module
 from node.ledger.store import Delivery, Series
 from node.results import makers
-from node.tasks import Node
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -44,8 +43,7 @@ def make_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, notes: bool = 
     route = {"name": "chest", "from": ["pacs"], "to": {"pacs": ["sr", "capture"]}}
     here = Node.open(Settings.model_validate({"data": tmp_path / "var", "peers": {"pacs": pacs}, "routes": [route]}))
     monkeypatch.setattr(tasks, "node", lambda: here)
-    for module in (tasks, closing):
-        monkeypatch.setattr(module, "ring", lambda *_: None)
+    monkeypatch.setattr(tasks, "ring", lambda *_: None)
     return here
 
 
@@ -66,7 +64,7 @@ def close(here: Node, slices: int) -> None:
             "reason": f"incomplete: {slices} slices",
         }
     )
-    closing.series_closed(here, some)
+    series_closed(here, some)
 
 
 def newest_first(here: Node) -> list[Series]:
@@ -95,14 +93,14 @@ def test_analysis_that_waits_gives_way_only_to_one_that_will_be_done(
     if gap:
         paths[39].rename(tmp_path / "last")
     (first,) = closed_folder(here.spool)
-    closing.series_closed(here, dataclasses.replace(first, calling_ae="ORTHANC"))
+    series_closed(here, dataclasses.replace(first, calling_ae="ORTHANC"))
     assert here.ledger.analyses_owed() == [1]
     if gap:
         (tmp_path / "last").rename(paths[39])
     else:
         late.write_bytes(kept)
     (again,) = closed_folder(here.spool)
-    closing.series_closed(here, dataclasses.replace(again, calling_ae=sender))
+    series_closed(here, dataclasses.replace(again, calling_ae=sender))
     newer, older = newest_first(here)
     assert older.analyses[0].state == ("waiting" if gap or sender == "ELSEWHERE" else "superseded")
     assert [one.not_analysed is None for one in newer.analyses] == ([] if sender == "ELSEWHERE" else [not gap])

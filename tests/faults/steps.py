@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from node import tasks
+from node import recording
 from node.delivery import superseding
 from node.delivery.peer import ByAssociation
 from node.intake import closing
@@ -23,12 +23,12 @@ STEPS: dict[str, tuple[Any, str, bool]] = {
     "instance written, not synced": (Part, "keep", False),
     "instance kept, not acknowledged": (Part, "keep", True),
     "series closed, not recorded": (closing, "series_closed", False),
-    "series recorded, bell not rung": (closing, "ring", False),
-    "analysis taken": (tasks, "_begin", False),
-    "analysis begun": (tasks, "_begin", True),
+    "series recorded, bell not rung": (closing, "_dispatch", False),
+    "analysis taken": (recording, "begin", False),
+    "analysis begun": (recording, "begin", True),
     "one object written": (makers, "_write", True),
     "all objects written": (superseding, "supersede", False),
-    "in the midst of the record": (tasks, "_rejection_notes", False),
+    "in the midst of the record": (recording, "rejection_notes", False),
     "analysis recorded, bell not rung": (Lease, "finish", True),
     "object taken": (ByAssociation, "send", False),
     "object sent, not recorded": (ByAssociation, "send", True),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import series_closed
 from pacs import BadPacs, bad_pacs
 from pydicom.uid import (
     BasicTextSRStorage,
@@ -24,21 +25,20 @@ from structlog.testing import capture_logs
 from typer.testing import CliRunner
 from whole_node import chest
 
-from node import tasks
-from node.analysis.folder import closed_folder
+from node import recording, tasks
+from node.cli.folder import closed_folder
 from node.cli.main import app
 from node.cli.render import all_series, deliveries, state, to_do
 from node.config import Settings
 from node.delivery.peer import ByAssociation
 from node.images.phantom_series import write_series
+from node.installation import LEDGER, Node
 from node.intake import assembly as assembly_module
-from node.intake import closing
 from node.intake.assembly import Assembly, AssociationId
 from node.intake.spool import Spool
 from node.ledger import store as ledger_module
 from node.ledger.store import Lease
 from node.results import makers
-from node.tasks import Node
 
 pytestmark = [
     pytest.mark.usefixtures("short_waits"),
@@ -61,8 +61,7 @@ def make_node(data: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     route = {"name": "chest", "to": {"pacs": ["sr", "capture"]}}
     here = Node.open(Settings.model_validate({"data": data, "peers": peers, "routes": [route]}))
     monkeypatch.setattr(tasks, "node", lambda: here)
-    for module in (tasks, closing):
-        monkeypatch.setattr(module, "ring", lambda *_: None)
+    monkeypatch.setattr(tasks, "ring", lambda *_: None)
     return here
 
 
@@ -71,7 +70,7 @@ def receive(here: Node) -> None:
     paths = write_series(chest(), folder, 3)
     paths[20].unlink()
     (closed,) = closed_folder(folder)
-    closing.series_closed(here, closed)
+    series_closed(here, closed)
 
 
 def work_on(here: Node, pacs: BadPacs, seconds: float = 30, until: str = "not analysed") -> None:
@@ -125,11 +124,11 @@ FINISH = Lease.finish
 
 #: Step → what dies there, and how.
 ANALYSIS_STEPS = {
-    "taken": (tasks, "_begin", die),
-    "begun": (tasks, "_begin", then_die(tasks._begin)),
+    "taken": (recording, "begin", die),
+    "begun": (recording, "begin", then_die(recording.begin)),
     "one object written": (makers, "_write", then_die(makers._write)),
     "all objects written": (Lease, "finish", die),
-    "in the midst of the record": (tasks, "_rejection_notes", die),
+    "in the midst of the record": (recording, "rejection_notes", die),
     "recorded, bell not rung": (Lease, "finish", finish_then_die),
 }
 DELIVERY_STEPS = {
@@ -252,7 +251,7 @@ def test_disk_that_is_full_when_results_are_recorded_keeps_the_work(
         return []
 
     with monkeypatch.context() as patch, capture_logs() as told:
-        patch.setattr(tasks, "_rejection_notes", full)  # the last before the commit
+        patch.setattr(recording, "rejection_notes", full)  # the last before the commit
         tasks.analyse(1)
     assert [line["error"].split()[0] for line in told if line["event"] == "analyse failed"] == ["OperationalError"]
     (series,) = all_series(here.ledger)
@@ -296,7 +295,7 @@ def test_disk_that_is_full_when_a_series_closes_leaves_it_open_until_it_can_be_r
     folder = here.spool / "1.2" / "1.3"
     paths = write_series(chest(), folder, 3)
     paths[20].unlink()
-    assembly = Assembly(lambda closed: closing.series_closed(here, closed), 0.0)
+    assembly = Assembly(lambda closed: series_closed(here, closed), 0.0)
     assembly.restore(
         AssociationId(1, "CT", "LUNGNODE"), ((one.header, one.path) for one in Spool(here.spool).series("1.2", "1.3"))
     )
@@ -344,7 +343,7 @@ def test_ledger_on_a_file_system_that_turned_read_only_goes_on_when_it_is_back(
 
 def test_ledger_locked_by_another_program_is_waited_for(here: Node) -> None:
     receive(here)
-    other = sqlite3.connect(here.settings.data / tasks.LEDGER, check_same_thread=False, isolation_level=None)
+    other = sqlite3.connect(here.settings.data / LEDGER, check_same_thread=False, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     with suppress(Exception):
         tasks.analyse(1)
@@ -359,7 +358,7 @@ def test_ledger_locked_by_another_program_is_waited_for(here: Node) -> None:
 
 def test_ledger_locked_in_the_midst_of_an_analysis_doubles_nothing(here: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     receive(here)
-    other = sqlite3.connect(here.settings.data / tasks.LEDGER, check_same_thread=False, isolation_level=None)
+    other = sqlite3.connect(here.settings.data / LEDGER, check_same_thread=False, isolation_level=None)
     made: list[str] = []
     write = makers._write
 

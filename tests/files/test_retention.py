@@ -10,8 +10,8 @@ import pytest
 
 from node.config import Settings
 from node.files import retention
+from node.installation import Node
 from node.ledger.store import Analysis, Delivery, Ledger, Object, Series
-from node.tasks import Node
 
 OLD = time.time() - 40 * 86400
 

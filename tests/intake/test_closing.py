@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import wait_for
+from conftest import accepts, wait_for
 from made_instances import SERIES, STUDY, dataset, encoded
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
@@ -16,6 +16,7 @@ from test_spool import store
 from node.cli import render
 from node.config import Settings
 from node.files import retention
+from node.installation import LEDGER, Node
 from node.intake import assembly as assembly_module
 from node.intake import closing
 from node.intake import spool as spool_module
@@ -25,19 +26,13 @@ from node.intake.listener import Listener
 from node.intake.spool import ATTEMPTS, Spool, Stored, attempts
 from node.intake.stack import Tiling
 from node.ledger.store import Series
-from node.tasks import LEDGER, Node
-
-
-@pytest.fixture(autouse=True)
-def no_bells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(closing, "ring", lambda _work, _rows: None)
 
 
 def start(folder: Path) -> tuple[Node, Listener, Assembly]:
     settings = {"data": folder, "listener": {"port": 1, "accept": "any", "quiet_period_s": 0.5}}
     here = Node.open(Settings.model_validate(settings))
     try:
-        listener = closing.intake(here)
+        listener = closing.intake(here, accepts, lambda _: None)
     finally:
         os.close(closing._LOCKS.pop())
     return here, listener, listener._assembly

@@ -448,6 +448,7 @@ def test_ledger_of_the_first_version_is_brought_up_with_all_that_it_owes(tmp_pat
         assert session.scalar(text("PRAGMA foreign_key_check")) is None
         (delivery,) = session.query(Delivery)
         assert (delivery.object.analysis.series.verdict, delivery.object.analysis.urgent) == ("route chest", False)
+        assert delivery.object.analysis.method == "pneumonia"
         assert (delivery.attempts, delivery.reason, delivery.stored_at, delivery.asks) == (3, "no", None, 0)
     assert ledger.peers_owed() == ["pacs"]
     assert ledger.analyses_owed() == [1]

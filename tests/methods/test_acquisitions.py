@@ -9,19 +9,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import series_closed
 from pydicom import Dataset, dcmread
 from rich.console import Console
 from rich.progress import Progress
 
 from models.phantom.phantom import phantom
 from node import tasks
-from node.analysis.folder import analyse_folder, closed_folder
+from node.cli.folder import analyse_folder, closed_folder
 from node.cli.render import all_series, as_json, state, table, timeline
 from node.config import Settings
 from node.images.phantom_series import write_series
-from node.intake import closing
+from node.installation import Node
 from node.ledger.store import Analysis
-from node.tasks import Node
 
 KINDS = ["infection-seg", "lung-seg", "sr", "capture", "pdf"]
 
@@ -51,8 +51,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     settings = {"data": tmp_path / "var", "peers": {"pacs": pacs}, "routes": [{"name": "chest", "to": {"pacs": KINDS}}]}
     made = Node.open(Settings.model_validate(settings))
     monkeypatch.setattr(tasks, "node", lambda: made)
-    for module in (tasks, closing):
-        monkeypatch.setattr(module, "ring", lambda *_: None)
+    monkeypatch.setattr(tasks, "ring", lambda *_: None)
     yield made
     made.ledger.engine.dispose()
 
@@ -64,7 +63,7 @@ def receive(here: Node, paths: Iterable[Path]) -> None:
     for path in paths:
         shutil.copy(path, folder)
     (closed,) = closed_folder(here.spool)
-    closing.series_closed(here, dataclasses.replace(closed, calling_ae="PACS"))
+    series_closed(here, dataclasses.replace(closed, calling_ae="PACS"))
 
 
 def analysed(here: Node) -> dict[str, Analysis]:
@@ -199,11 +198,11 @@ def test_a_folder_is_analysed_as_a_node_would(sent: dict[int, list[Path]], tmp_p
     for path in sent[1] + sent[2]:
         shutil.copy(path, folder)
     page = Console(width=200, record=True, file=io.StringIO())
-    done = analyse_folder(folder, out, "cpu", Progress(console=page))
+    done = analyse_folder(folder, out, Settings(), Progress(console=page), device="cpu")
     assert [one.acquisition for one in done] == ["acquisition 1", "acquisition 2"]
     assert "acquisition-2/sr.dcm" in done[1].files
     assert dcmread(out / "acquisition-2" / "sr.dcm").SeriesDescription == "AI measurements (SR), acquisition 2"
     (folder / sent[2][20].name).unlink()
-    (only,) = analyse_folder(folder, out, "cpu", Progress(console=page))
+    (only,) = analyse_folder(folder, out, Settings(), Progress(console=page), device="cpu")
     assert (only.acquisition, "sr.dcm" in only.files) == ("acquisition 1", True)
     assert "acquisition 2: not analysed: incomplete: gap at z" in page.export_text()

@@ -13,7 +13,10 @@ from scipy import ndimage
 from models.calibration import LesionCalibration
 from node.images.volume import SourceSlice, Volume
 from node.methods.pneumonia.findings import LEFT, RIGHT
-from node.methods.pneumonia.measure import MINIMUM_LESION_MM3, measure
+from node.methods.pneumonia.measure import measure
+
+#: Of the shipped model, mm³.
+SMALLEST = 100.0
 
 
 def volume_of(hu, spacing=(5.0, 5.0, 4.0)):
@@ -36,7 +39,7 @@ def test_worked_by_hand():
     probability[0, 2, 0], hu[0, 2, 0] = 0.9, -200
     probability[0, 0, 5] = 1.0
 
-    found = measure(volume_of(hu), lungs, probability, 0.5)
+    found = measure(volume_of(hu), lungs, probability, 0.5, SMALLEST)
 
     assert np.argwhere(found.lesions == 1).tolist() == [[0, 1, 2], [1, 1, 3], [1, 2, 3], [2, 1, 4]]
     assert np.argwhere(found.lesions == 2).tolist() == [[0, 2, 0]]
@@ -62,7 +65,7 @@ def test_worked_by_hand():
 def test_nothing_found():
     lungs = np.zeros((2, 3, 4), np.uint8)
     lungs[0, 0, 0] = RIGHT
-    found = measure(volume_of(np.full(lungs.shape, -700)), lungs, np.zeros(lungs.shape, np.float32), 0.5)
+    found = measure(volume_of(np.full(lungs.shape, -700)), lungs, np.zeros(lungs.shape, np.float32), 0.5, SMALLEST)
     assert found.lesion_list == ()
     assert not found.lesions.any()
     assert found.right.mean_hu == -700
@@ -73,12 +76,11 @@ def test_nothing_found():
 
 
 def test_islands_under_a_hundred_cubic_millimetres_are_healthy_lung():
-    assert MINIMUM_LESION_MM3 == 100
     lungs = np.full((1, 3, 7), RIGHT, np.uint8)
     probability = np.zeros(lungs.shape, np.float32)
     probability[0, 0, 0:3] = 0.9  # 3 voxels of 33 mm³
     probability[0, 2, 3:7] = 0.9  # 4 voxels
-    found = measure(volume_of(np.zeros(lungs.shape), (3.3, 5.0, 2.0)), lungs, probability, 0.5)
+    found = measure(volume_of(np.zeros(lungs.shape), (3.3, 5.0, 2.0)), lungs, probability, 0.5, SMALLEST)
     assert found.lesions[0].tolist() == [[0] * 7, [0] * 7, [0, 0, 0, 1, 1, 1, 1]]
     assert found.both.infected_ml == pytest.approx(4 * 0.033)
 
@@ -86,13 +88,23 @@ def test_islands_under_a_hundred_cubic_millimetres_are_healthy_lung():
 def test_exactly_a_hundred_cubic_millimetres_is_a_lesion_despite_rounding():
     # 1000 voxels of 0.1 mm³, which has no exact binary form.
     lungs = np.full((10, 10, 10), LEFT, np.uint8)
-    found = measure(volume_of(np.zeros(lungs.shape), (0.1, 1.0, 1.0)), lungs, np.ones(lungs.shape), 0.5)
+    found = measure(volume_of(np.zeros(lungs.shape), (0.1, 1.0, 1.0)), lungs, np.ones(lungs.shape), 0.5, SMALLEST)
     assert len(found.lesion_list) == 1
 
 
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="differ in shape"):
-        measure(volume_of(np.zeros((2, 3, 4))), np.zeros((2, 3, 5), np.uint8), np.zeros((2, 3, 4)), 0.5)
+        measure(volume_of(np.zeros((2, 3, 4))), np.zeros((2, 3, 5), np.uint8), np.zeros((2, 3, 4)), 0.5, SMALLEST)
+
+
+@pytest.mark.parametrize(("smallest", "found"), [(20.0, [4, 3, 2]), (70.0, [4, 3]), (120.0, [4])])
+def test_the_smallest_lesion_is_the_model_s(smallest, found):
+    lungs = np.full((1, 5, 7), RIGHT, np.uint8)
+    probability = np.zeros(lungs.shape, np.float32)
+    for row, voxels in ((0, 2), (2, 3), (4, 4)):  # of 33 mm³
+        probability[0, row, :voxels] = 0.9
+    measured = measure(volume_of(np.zeros(lungs.shape), (3.3, 5.0, 2.0)), lungs, probability, 0.5, smallest)
+    assert [round(lesion.volume_ml / 0.033) for lesion in measured.lesion_list] == found
 
 
 @settings(max_examples=60, deadline=None)
@@ -105,9 +117,9 @@ def test_shapes_must_agree():
 )
 def test_agrees_with_plain_scipy(lungs, probability, hu, minimum, kind):
     probability = probability.astype(kind)
-    voxel_mm3 = MINIMUM_LESION_MM3 / minimum
+    voxel_mm3 = SMALLEST / minimum
     volume = volume_of(hu, (voxel_mm3, 1.0, 1.0))
-    found = measure(volume, lungs, probability, 0.6)
+    found = measure(volume, lungs, probability, 0.6, SMALLEST)
 
     infection = (probability >= kind(0.6)) & (lungs > 0)
     labels, count = ndimage.label(infection, np.ones((3, 3, 3)))
@@ -146,7 +158,7 @@ def test_a_calibration_replaces_the_mean_and_drops_what_is_improbable():
     probability[3, 0, 5] = 0.6
     hu = np.full(lungs.shape, -700)
     by_size = LesionCalibration(intercept=-10.0, mean=0.0, maximum=0.0, log_volume=1.5, floor=0.2)
-    found = measure(volume_of(hu), lungs, probability, 0.5, by_size)
+    found = measure(volume_of(hu), lungs, probability, 0.5, SMALLEST, by_size)
     (large,) = found.lesion_list
     assert large.label == 1
     assert large.volume_ml == pytest.approx(1.8)
@@ -156,11 +168,11 @@ def test_a_calibration_replaces_the_mean_and_drops_what_is_improbable():
     assert found.right.infected_ml == pytest.approx(1.8)
 
     by_maximum = LesionCalibration(intercept=-20.0, mean=0.0, maximum=22.0, log_volume=0.0, floor=0.5)
-    found = measure(volume_of(hu), lungs, probability, 0.5, by_maximum)
+    found = measure(volume_of(hu), lungs, probability, 0.5, SMALLEST, by_maximum)
     only = found.lesion_list[0]
     assert len(found.lesion_list) == 1
     assert (only.label, only.box) == (1, (3, 4, 5, 6, 5, 6))
     assert np.argwhere(found.lesions == 1).tolist() == [[3, 5, 5]]
 
-    kept = measure(volume_of(hu), lungs, probability, 0.5, LesionCalibration(0.0, 0.0, 0.0, 0.0))
+    kept = measure(volume_of(hu), lungs, probability, 0.5, SMALLEST, LesionCalibration(0.0, 0.0, 0.0, 0.0))
     assert [lesion.probability for lesion in kept.lesion_list] == [0.5] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
 
@@ -13,9 +14,13 @@ from scipy.spatial.transform import Rotation
 
 from models.registry import ModelIdentity
 from node.images.volume import VolumeError
+from node.methods.outcome import plain
+from node.methods.pneumonia import pipeline
 from node.methods.pneumonia.findings import LEFT, RIGHT
-from node.methods.pneumonia.pipeline import AnalysisError, analyse
-from node.methods.pneumonia.serialise import summary
+from node.methods.pneumonia.outcome import outcome_of
+from node.methods.pneumonia.pipeline import AnalysisError
+
+analyse = functools.partial(pipeline.analyse, minimum_lesion_mm3=100.0)
 
 MM = 8.0
 #: Voxels along x, y, z; the box is centred on the origin of the patient coordinate system.
@@ -197,7 +202,7 @@ def test_a_missing_lung_is_noted(tmp_path):
 
 def test_summary_is_json_and_holds_what_was_found(tmp_path):
     volume, findings = analyse(write_patient(tmp_path, X, Y), Thresholds())
-    said = summary(findings, volume)
+    said = plain(outcome_of(volume, findings))
     assert json.loads(json.dumps(said, allow_nan=False)) == said
     assert said["geometry"]["shape"] == [30, 20, 30]
     assert said["geometry"]["series_instance_uid"] == volume.series_instance_uid

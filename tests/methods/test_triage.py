@@ -15,7 +15,8 @@ from made_instances import SERIES, STUDY, dataset_bytes, header
 from node.intake.assembly import ClosedSeries
 from node.intake.header import InstanceHeader, read_header
 from node.intake.stack import tile
-from node.methods.pneumonia.triage import MIN_COVERAGE_MM, MIN_SLICES, Verdict, triage
+from node.intake.verdict import Verdict
+from node.methods.pneumonia.triage import MIN_COVERAGE_MM, MIN_SLICES, triage
 
 
 def closed(instances: list[InstanceHeader], reason: str = "") -> ClosedSeries:

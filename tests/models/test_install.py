@@ -366,7 +366,7 @@ def test_the_commands(own: Path, tmp_path: Path) -> None:
         assert result.exit_code == exit_code, result.output
         return result.output
 
-    assert "models: {lungs: ours}" in lines("install", str(zipped(own)))
+    assert "models: {pneumonia: {lungs: ours}}" in lines("install", str(zipped(own)))
     listed = {row["name"]: row for row in json.loads(lines("list", "--json"))}
     assert {"lungs", "infection", "ours"} <= set(listed)
     assert listed["ours"]["digest"].startswith("ok, ")

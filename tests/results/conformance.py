@@ -19,14 +19,16 @@ from pydicom.datadict import keyword_for_tag
 from pydicom.dataelem import DataElement
 from pydicom.tag import BaseTag
 from pydicom.uid import UID
-from synthetic_chest import MOMENT, Shape, make_chest
+from synthetic_chest import KINDS, MOMENT, Shape, make_chest
 
 from node import identity
 from node.delivery import commitment, peer
 from node.intake import listener, series_count, transport
 from node.methods.pneumonia import triage
+from node.methods.pneumonia.outcome import outcome_of
+from node.methods.pneumonia.subject import SUBJECT
 from node.results import makers
-from node.results.forms import KINDS, Profile
+from node.results.forms import Profile
 
 #: Sequences whose items are listed; those of others follow from the standard's macros.
 _OPENED = (
@@ -113,9 +115,9 @@ def _made(folder: Path, shape: Shape) -> Made:
     )
     moment = MOMENT + timedelta(hours=25 * len(chest.headers))
     profiles = [Profile(KINDS), Profile(("sr",), sr="comprehensive"), Profile(("infection-seg",), seg="labelmap")]
-    built = makers.build(volume, findings, chest.headers, folder, profiles, content_datetime=moment)
+    built = makers.build(volume, outcome_of(volume, findings), chest.headers, folder, profiles, content_datetime=moment)
     objects = {one.path.stem: dcmread(one.path) for one in built}
-    refused = makers.not_analysed(chest.headers, f"{folder.name} gap", folder, content_datetime=moment)
+    refused = makers.not_analysed(chest.headers, f"{folder.name} gap", folder, content_datetime=moment, subject=SUBJECT)
     outdated = [(str(one.SOPClassUID), str(one.SOPInstanceUID), str(one.SeriesInstanceUID)) for one in objects.values()]
     note = makers.rejection_note(header, outdated, folder, "note", moment)
     return Made(header, objects | {"not-analysed-sr": dcmread(refused[0].path), "rejection-note": dcmread(note.path)})

@@ -18,7 +18,14 @@ from models.registry import ModelIdentity
 from models.rules.scan_level import state
 from node.images.orientation import Orientation
 from node.images.volume import SourceSlice, Volume
+from node.methods.outcome import Outcome
 from node.methods.pneumonia.findings import LEFT, RIGHT, Findings, Lesion, Region
+from node.methods.pneumonia.outcome import SEGMENTATIONS, outcome_of
+from node.results.capture.drawing import PatientView
+from node.results.forms import kinds_of
+
+#: Kinds of object of the pneumonia method.
+KINDS = kinds_of(SEGMENTATIONS)
 
 MOMENT = datetime(2026, 3, 5, 14, 30, 15, 250_000)
 MODELS = (ModelIdentity("lungs", "1.2.0", "a1" * 32), ModelIdentity("infection", "2.0.1", "b2" * 32))
@@ -39,6 +46,16 @@ class Chest:
     volume: Volume
     findings: Findings
     headers: list[Dataset]
+
+    @property
+    def outcome(self) -> Outcome:
+        """The findings as the parts that objects are made of."""
+        return outcome_of(self.volume, self.findings)
+
+    @property
+    def view(self) -> PatientView:
+        """What the pages draw."""
+        return PatientView.of(self.volume, self.outcome.pictures)
 
 
 @dataclass(frozen=True)

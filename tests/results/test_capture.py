@@ -16,12 +16,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from synthetic_chest import FEET_FIRST, MODELS, MOMENT, PRONE, Chest, Shape, make_chest
 
+from node.methods.outcome import Earlier
+from node.methods.pneumonia.outcome import INFECTION_COLOUR as INFECTION
+from node.methods.pneumonia.outcome import LUNG_COLOUR as LUNG
+from node.methods.pneumonia.outcome import outcome_of, point
+from node.methods.pneumonia.subject import SUBJECT
 from node.results import makers
 from node.results.capture import pages, typesetting
-from node.results.capture.drawing import INFECTION, LUNG, PatientView, axial, projection
+from node.results.capture.drawing import PatientView, axial, projection
 from node.results.capture.pages import SIDE, key_planes, not_analysed_page, planes_of, slice_page, summary_page
-from node.results.makers import Earlier, Profile
-from node.results.trend import course
+from node.results.forms import Profile
+from node.results.trend import trend
 
 STORED = {
     "feet first": Shape(orientation=FEET_FIRST, patient_position="FFS"),
@@ -44,8 +49,8 @@ def orange(image: Image.Image) -> NDArray[np.bool_]:
 
 
 def test_a_right_posterior_lesion_is_drawn_left_and_low(chest: Chest) -> None:
-    view = PatientView.of(chest.volume, chest.findings)
-    plane = int(view.infected_area.argmax())
+    view = chest.view
+    plane = int(view.tinted_area.argmax())
     # 36 mm is a slice and a half of the coarsest of these.
     assert view.heights[plane] == pytest.approx(55, abs=25)
     rows, columns = np.nonzero(orange(axial(view, plane, 400, 300)))
@@ -63,7 +68,7 @@ def tinted(view: PatientView) -> NDArray[np.bool_]:
 
 
 def test_heights_are_those_of_the_patient(chest: Chest) -> None:
-    view = PatientView.of(chest.volume, chest.findings)
+    view = chest.view
     steps = np.diff(view.heights)
     assert steps == pytest.approx(view.spacing[0])
     assert view.heights.mean() == pytest.approx(0, abs=1e-6)
@@ -73,37 +78,37 @@ def test_pictures_are_true_to_scale(tmp_path: Path) -> None:
     ball = ((-75.0, 10.0, 0.0), 30.0)
     for shape in (Shape(slices=60, rows=300, columns=120), Shape(slices=60, rows=100, columns=300)):
         chest = make_chest(tmp_path, shape, [ball])
-        view = PatientView.of(chest.volume, chest.findings)
-        rows, columns = np.nonzero(orange(axial(view, int(view.infected_area.argmax()), 700, 700)))
+        view = chest.view
+        rows, columns = np.nonzero(orange(axial(view, int(view.tinted_area.argmax()), 700, 700)))
         assert np.ptp(rows) / np.ptp(columns) == pytest.approx(1, abs=0.08)
 
 
 def test_the_capture_is_a_summary_and_key_slices(chest: Chest, tmp_path: Path) -> None:
     (made,) = makers.build(
-        chest.volume, chest.findings, None, tmp_path, [Profile(("capture",))], content_datetime=MOMENT
+        chest.volume, chest.outcome, None, tmp_path, [Profile(("capture",))], content_datetime=MOMENT
     )
     capture = pydicom.dcmread(made.path)
     assert capture.SOPClassUID == "1.2.840.10008.5.1.4.1.1.7.4"
     assert (capture.BurnedInAnnotation, capture.BodyPartExamined) == ("NO", "CHEST")
     assert capture.ImageType == ["DERIVED", "SECONDARY"]
-    view = PatientView.of(chest.volume, chest.findings)
+    view = chest.view
     planes = key_planes(view, 20)
     assert capture.NumberOfFrames == 1 + len(planes) == len(capture.FrameLabelVector)
     frames = capture.pixel_array
     assert frames.shape == (1 + len(planes), SIDE, SIDE, 3)
     # Read back, a frame is the page that was drawn.
-    assert np.array_equal(frames[0], np.asarray(summary_page(view, chest.findings)))
-    assert np.array_equal(frames[-1], np.asarray(slice_page(view, chest.findings, planes[-1])))
+    assert np.array_equal(frames[0], np.asarray(summary_page(view, chest.outcome)))
+    assert np.array_equal(frames[-1], np.asarray(slice_page(view, chest.outcome, planes[-1])))
 
 
 def test_key_planes_go_down_through_the_lungs_and_hold_the_most_infected(chest: Chest) -> None:
-    view = PatientView.of(chest.volume, chest.findings)
+    view = chest.view
     for count in (1, 5, 20):
         planes = key_planes(view, count)
         assert planes == sorted(set(planes), reverse=True)
         assert 1 <= len(planes) <= count
-        assert set(planes) <= set(view.lung_planes.tolist())
-        assert int(view.infected_area.argmax()) in planes
+        assert set(planes) <= set(view.planes.tolist())
+        assert int(view.tinted_area.argmax()) in planes
 
 
 def test_no_page_is_written_to_its_edge(chest: Chest) -> None:
@@ -114,8 +119,8 @@ def test_no_page_is_written_to_its_edge(chest: Chest) -> None:
         right=replace(chest.findings.right, volume_ml=123456789.0, infected_ml=12345678.9),
         notes=("The lungs reach the lowest slice: part of them may not have been scanned.",) * 6,
     )
-    view = PatientView.of(chest.volume, crowded)
-    pages = [summary_page(view, crowded), not_analysed_page("the scan has a gap " * 60)]
+    view, outcome = chest.view, outcome_of(chest.volume, crowded)
+    pages = [summary_page(view, outcome), not_analysed_page("the scan has a gap " * 60, SUBJECT)]
     for page in pages:
         pixels = np.asarray(page, int)
         border = np.concatenate([pixels[:8].reshape(-1, 3), pixels[-8:].reshape(-1, 3)])
@@ -145,7 +150,7 @@ def test_colours_differ_in_brightness_too() -> None:
 
 
 def test_the_montage_is_a_picture_of_everything(chest: Chest, tmp_path: Path) -> None:
-    makers.overlay_png(chest.volume, chest.findings, tmp_path / "montage.png")
+    makers.overlay_png(chest.volume, chest.outcome, tmp_path / "montage.png")
     with Image.open(tmp_path / "montage.png") as montage:
         assert montage.size == (2048, 768)
         assert orange(montage.convert("RGB").crop((768, 0, 2048, 768))).any()
@@ -153,7 +158,7 @@ def test_the_montage_is_a_picture_of_everything(chest: Chest, tmp_path: Path) ->
 
 def test_peers_choose_which_slices_they_get(tmp_path: Path) -> None:
     chest = make_chest(tmp_path, Shape(slices=48))
-    view = PatientView.of(chest.volume, chest.findings)
+    view = chest.view
     every = planes_of(view, "every-slice")
     assert every == list(range(47, -1, -1))
     # The slices are 5 mm apart.
@@ -161,7 +166,7 @@ def test_peers_choose_which_slices_they_get(tmp_path: Path) -> None:
     assert planes_of(view, "every-0.5-mm") == every
     assert planes_of(view, "key-images") == key_planes(view, 20)
     profile = Profile(("capture",), capture="every-20-mm")
-    (made,) = makers.build(chest.volume, chest.findings, None, tmp_path, [profile], content_datetime=MOMENT)
+    (made,) = makers.build(chest.volume, chest.outcome, None, tmp_path, [profile], content_datetime=MOMENT)
     assert pydicom.dcmread(made.path, stop_before_pixels=True).FrameLabelVector[1] == f"z {view.heights[47]:.1f} mm"
     assert made.path.name == "capture-every-20-mm.dcm"
 
@@ -171,17 +176,17 @@ def test_longest_series_are_thinned(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert pages.MOST_SLICES + 1 <= 400
     monkeypatch.setattr(pages, "MOST_SLICES", 20)
     chest = make_chest(tmp_path, Shape(slices=48, rows=24, columns=24))
-    planes = planes_of(PatientView.of(chest.volume, chest.findings), "every-slice")
+    planes = planes_of(chest.view, "every-slice")
     assert planes == list(range(47, -1, -3))
 
 
 def test_earlier_results_stand_on_the_summary(chest: Chest) -> None:
-    view = PatientView.of(chest.volume, chest.findings)
-    before = [Earlier(date(2026, 1, 12), 250.0, 0.0812), Earlier(date(2025, 12, 30), 100.0, 0.033)]
-    (rule,) = course(before, chest.findings)
+    view = chest.view
+    before = [Earlier(date(2026, 1, 12), point(250.0, 0.0812)), Earlier(date(2025, 12, 30), point(100.0, 0.033))]
+    (rule,) = trend(before, chest.outcome)
     assert rule.inputs == "30 Dec 2025: 3.3 %, then 12 Jan 2026: 8.1 %"
     assert rule.outcome.startswith("before 8.1 %, 250.0 ml; now ")
-    with_course, without = summary_page(view, chest.findings, before), summary_page(view, chest.findings)
+    with_course, without = summary_page(view, chest.outcome, before), summary_page(view, chest.outcome)
     assert np.asarray(with_course).shape == np.asarray(without).shape
     assert (np.asarray(with_course) != np.asarray(without)).any()
 

@@ -15,14 +15,15 @@ import pytest
 from PIL import Image, ImageChops, ImageFilter
 from synthetic_chest import Chest, Shape, make_chest
 
-from node.results.capture.drawing import PatientView
+from node.methods.outcome import Earlier
+from node.methods.pneumonia.outcome import point
+from node.methods.pneumonia.subject import SUBJECT
 from node.results.capture.pages import key_planes, not_analysed_page, slice_page, summary_page
-from node.results.makers import Earlier
 
 GOLDEN = Path(__file__).parent / "golden"
 
 LESIONS = [((-75.0, 45.0, 55.0), 18.0), ((70.0, 20.0, -50.0), 26.0)]
-EARLIER = [Earlier(date(2025, 12, 30), 310.0, 0.081), Earlier(date(2026, 1, 12), 160.5, 0.042)]
+EARLIER = [Earlier(date(2025, 12, 30), point(310.0, 0.081)), Earlier(date(2026, 1, 12), point(160.5, 0.042))]
 
 #: Largest difference of brightness, of 255, between pictures softened by two pixels. Another rendering of the same
 #: letters stays below 20; a line of text that moved or a colour that changed is above 60.
@@ -46,12 +47,12 @@ def difference(one: Image.Image, other: Image.Image) -> int:
 
 
 def pages(chest: Chest, healthy: Chest) -> dict[str, Callable[[], Image.Image]]:
-    view = PatientView.of(chest.volume, chest.findings)
+    view = chest.view
     return {
-        "summary": lambda: summary_page(view, chest.findings, EARLIER),
-        "slice": lambda: slice_page(view, chest.findings, int(view.infected_area.argmax())),
-        "no-infection": lambda: summary_page(PatientView.of(healthy.volume, healthy.findings), healthy.findings),
-        "not-analysed": lambda: not_analysed_page("there is a gap at z = -12.5 mm: 4.00 mm between slices"),
+        "summary": lambda: summary_page(view, chest.outcome, EARLIER),
+        "slice": lambda: slice_page(view, chest.outcome, int(view.tinted_area.argmax())),
+        "no-infection": lambda: summary_page(healthy.view, healthy.outcome),
+        "not-analysed": lambda: not_analysed_page("there is a gap at z = -12.5 mm: 4.00 mm between slices", SUBJECT),
     }
 
 
@@ -66,8 +67,8 @@ def test_page_looks_as_it_did(chest: Chest, healthy: Chest, name: str, tmp_path:
 
 
 def test_what_an_eye_sees_is_found(chest: Chest) -> None:
-    view = PatientView.of(chest.volume, chest.findings)
-    page = slice_page(view, chest.findings, key_planes(view, 5)[2])
+    view = chest.view
+    page = slice_page(view, chest.outcome, key_planes(view, 5)[2])
     moved, noise = page.copy(), np.asarray(page, np.int16)
     moved.paste(page.crop((0, 0, 768, 60)), (0, 6))
     assert difference(page, moved) > VISIBLE

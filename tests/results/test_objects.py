@@ -20,6 +20,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import EnhancedCTImageStorage
 from synthetic_chest import (
     FEET_FIRST,
+    KINDS,
     MOMENT,
     PRONE,
     RIGHT_UPPER_POSTERIOR,
@@ -32,8 +33,10 @@ from synthetic_chest import (
 
 from node.images.volume import read_volume
 from node.methods.pneumonia.findings import LEFT, RIGHT
+from node.methods.pneumonia.outcome import outcome_of
+from node.methods.pneumonia.subject import SUBJECT
 from node.results import makers
-from node.results.makers import Profile
+from node.results.forms import Profile
 from node.results.provenance import NOT_FOR_DIAGNOSIS
 
 LEFT_LOWER = ((70.0, 20.0, -50.0), 26.0)
@@ -112,8 +115,8 @@ def one_lesion(tmp_path_factory: pytest.TempPathFactory) -> tuple[Chest, dict[st
 
 def build(chest: Chest, folder: Path, *kinds: str, **forms: Any) -> dict[str, Path]:
     """Objects by kind; each has passed the check."""
-    profile = Profile(kinds or makers.KINDS, **forms)
-    made = makers.build(chest.volume, chest.findings, None, folder, [profile], content_datetime=MOMENT)
+    profile = Profile(kinds or KINDS, **forms)
+    made = makers.build(chest.volume, chest.outcome, None, folder, [profile], content_datetime=MOMENT)
     assert [each.problems for each in made] == [()] * len(made)
     return {each.kind: each.path for each in made}
 
@@ -151,7 +154,7 @@ def groups_of(path: Path) -> list[Any]:
 @pytest.mark.peer
 def test_dciodvfy_finds_no_error(made: tuple[Chest, dict[str, Path]]) -> None:
     _, paths = made
-    assert set(paths) == set(makers.KINDS)
+    assert set(paths) == set(KINDS)
     for path in paths.values():
         assert errors_of(path) == []
 
@@ -308,7 +311,7 @@ def test_report_of_a_peer_without_segmentations_names_none(
 def test_peers_share_what_they_take_in_the_same_form(one_lesion: tuple[Chest, dict[str, Path]], tmp_path: Path) -> None:
     chest, _ = one_lesion
     profiles = [Profile(), Profile(("infection-seg", "capture")), Profile(("capture",), capture="every-40-mm")]
-    made = makers.build(chest.volume, chest.findings, None, tmp_path, profiles, content_datetime=MOMENT)
+    made = makers.build(chest.volume, chest.outcome, None, tmp_path, profiles, content_datetime=MOMENT)
     told = {(one.path.name, len(one.profiles)) for one in made}
     assert {("infection-seg.dcm", 2), ("capture.dcm", 2), ("capture-every-40-mm.dcm", 1), ("sr.dcm", 1)} <= told
     assert len(made) == 6
@@ -322,7 +325,7 @@ def test_one_slice_and_thousands(tmp_path: Path, slices: int) -> None:
     shape = Shape(slices=slices, rows=40, columns=40, extent=(depth, 300.0, 360.0))
     chest = make_chest(tmp_path / "ct", shape, [((-75.0, 45.0, 0.0), 18.0)])
     paths = build(chest, tmp_path)
-    assert set(paths) == set(makers.KINDS)
+    assert set(paths) == set(KINDS)
     for path in paths.values():
         assert errors_of(path) == []
     seg = hd.seg.segread(paths["infection-seg"])
@@ -484,7 +487,7 @@ def test_frames_of_a_multi_frame_source_are_named(tmp_path: Path) -> None:
     header = Dataset(chest.headers[0])
     header.SOPClassUID, header.SOPInstanceUID = EnhancedCTImageStorage, "1.2.826.0.1.9.9"
     volume = replace(chest.volume, sources=sources)
-    made = makers.build(volume, chest.findings, [header], tmp_path, content_datetime=MOMENT)
+    made = makers.build(volume, outcome_of(volume, chest.findings), [header], tmp_path, content_datetime=MOMENT)
     paths = {each.kind: each.path for each in made}
     frames = {round(source.position[2], 3): source.frame for source in sources}
     seg = pydicom.dcmread(paths["lung-seg"])
@@ -504,7 +507,7 @@ def test_frames_of_a_multi_frame_source_are_named(tmp_path: Path) -> None:
 def test_not_analysed_says_why_in_the_source_study(tmp_path: Path) -> None:
     chest = make_chest(tmp_path / "ct")
     reason = "there is a gap at z = 12.5 mm"
-    made = makers.not_analysed(chest.headers, reason, tmp_path, content_datetime=MOMENT)
+    made = makers.not_analysed(chest.headers, reason, tmp_path, content_datetime=MOMENT, subject=SUBJECT)
     assert [each.kind for each in made] == ["sr", "capture"]
     for each in made:
         assert errors_of(each.path) == []

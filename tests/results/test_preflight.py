@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -15,14 +17,16 @@ from pydicom.dataset import Dataset
 from pydicom.uid import MultiFrameTrueColorSecondaryCaptureImageStorage
 from synthetic_chest import MODELS, MOMENT, Chest, Shape, make_chest
 
-from node import tasks
+from node import recording
 from node.cli.render import all_series, deliveries, state
 from node.config import Peer, Settings
+from node.installation import Node
 from node.ledger.store import Analysis as Row
-from node.results import makers, preflight, segmentation
-from node.results.makers import Profile
+from node.results import kinds, makers, preflight
+from node.results.forms import Profile
+from node.results.kinds import maker_of
+from node.results.making import Making
 from node.results.provenance import Analysis, SourceInstance
-from node.tasks import Node
 
 LESIONS = [((-75.0, 45.0, 55.0), 18.0), ((70.0, 20.0, -50.0), 26.0)]
 
@@ -35,7 +39,7 @@ def chest(tmp_path_factory: pytest.TempPathFactory) -> Chest:
 @pytest.fixture(scope="module")
 def sound(chest: Chest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sound")
-    made = makers.build(chest.volume, chest.findings, None, folder, content_datetime=MOMENT)
+    made = makers.build(chest.volume, chest.outcome, None, folder, content_datetime=MOMENT)
     return {each.kind: each.path for each in made}
 
 
@@ -45,7 +49,8 @@ def analysis_of(chest: Chest) -> Analysis:
 
 
 def problems(path: Path, kind: str, chest: Chest) -> list[str]:
-    return preflight.problems(path, kind, analysis_of(chest), chest.volume, chest.findings)
+    analysis = analysis_of(chest)
+    return preflight.problems(path, kind, maker_of(kind), analysis, Making(chest.volume, chest.outcome, analysis))
 
 
 def walk(item: Dataset) -> Iterator[Dataset]:
@@ -205,8 +210,8 @@ def test_attributes_are_those_that_the_standard_wants() -> None:
             for attribute in get_module_attribute_map()[module["key"]] if module["usage"] == "M" else ():
                 if not attribute["path"] and attribute["type"] in wanted:
                     wanted[attribute["type"]].add(attribute["keyword"])
-        ours = set(f"{preflight.REQUIRED['common']} {preflight.REQUIRED[kind]}".split())
-        there = ours | set(f"{preflight.PRESENT['common']} {preflight.PRESENT[kind]}".split())
+        ours = set(f"{preflight.REQUIRED} {maker_of(kind).required}".split())
+        there = ours | set(f"{preflight.PRESENT} {maker_of(kind).present}".split())
         # A conditional type 1 attribute of the multi-frame module, which a single page lacks.
         assert wanted["1"] - ours <= {"FrameIncrementPointer"}, kind
         assert wanted["2"] - there <= {"PatientOrientation"}, kind
@@ -218,21 +223,21 @@ def here(tmp_path: Path) -> Node:
     return Node.open(Settings.model_validate({"data": tmp_path / "var", "peers": peers}))
 
 
-def owe(here: Node, chest: Chest, kinds: tuple[str, ...]) -> None:
+def owe(here: Node, chest: Chest, names: tuple[str, ...]) -> None:
     """Build for the peer and owe it the results, as an analysis does."""
-    profiles = {"pacs": Profile(kinds)}
+    profiles = {"pacs": Profile(names)}
     folder = here.results / "1"
     folder.mkdir()
     made = makers.build(
-        chest.volume, chest.findings, None, folder, tasks._with_fallback(profiles), content_datetime=MOMENT
+        chest.volume, chest.outcome, None, folder, recording.with_fallback(profiles), content_datetime=MOMENT
     )
     with here.ledger() as session:
         series = here.ledger.add_series(
             session, "1.2", "1.1", ["1.3"], True, calling_ae="CT", instances=[], closed_because="", verdict=""
         )
         assert series is not None
-        row = Row(route="r", destinations={"pacs": list(kinds)}, state="done", urgent=False)
-        row.objects = [tasks._as_row(here, one, profiles) for one in made]
+        row = Row(route="r", destinations={"pacs": list(names)}, state="done", urgent=False)
+        row.objects = [recording.as_row(here, one, profiles) for one in made]
         series.analyses.append(row)
 
 
@@ -268,11 +273,13 @@ def test_peer_that_takes_all_gets_no_capture_that_its_route_does_not_name(here: 
 def test_object_that_fails_its_check_is_never_sent_and_the_rest_goes(
     here: Node, chest: Chest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mistaken(kind: str, findings: object) -> np.ndarray:  # type: ignore[type-arg]
-        return np.roll(right(kind, chest.findings), 1, axis=0)
+    def mistaken(making: Making, *arguments: Any) -> Dataset | None:
+        outcome = making.outcome
+        rolled = tuple(replace(one, labels=np.roll(one.labels, 1, axis=0)) for one in outcome.segmentations)
+        return right.build(replace(making, outcome=replace(outcome, segmentations=rolled)), *arguments)
 
-    right = segmentation.labels
-    monkeypatch.setattr(segmentation, "labels", mistaken)
+    right = kinds._MAKERS["seg"]
+    monkeypatch.setitem(kinds._MAKERS, "seg", replace(right, build=mistaken))
     owe(here, chest, ("lung-seg", "capture"))
     classes = ["1.2.840.10008.5.1.4.1.1.66.4", MultiFrameTrueColorSecondaryCaptureImageStorage]
     with bad_pacs(classes=classes) as pacs:

@@ -14,18 +14,19 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from pydicom.valuerep import PersonName
-from synthetic_chest import MODELS, MOMENT, Chest, Shape, make_chest
+from synthetic_chest import KINDS, MODELS, MOMENT, Chest, Shape, make_chest
 
 from node import __version__
+from node.methods.pneumonia.outcome import outcome_of
 from node.results import makers
-from node.results.makers import Profile
+from node.results.forms import Profile
 from node.results.provenance import Analysis, Part, SourceInstance, describe, uid_of
 
 
 def build(chest: Chest, folder: Path, **arguments: Any) -> list[Dataset]:
     folder.mkdir(exist_ok=True)
     given = {"sources": None, "content_datetime": MOMENT} | arguments
-    made = makers.build(chest.volume, chest.findings, directory=folder, **given)
+    made = makers.build(chest.volume, chest.outcome, directory=folder, **given)
     return [pydicom.dcmread(each.path) for each in made]
 
 
@@ -95,16 +96,16 @@ def test_uids_differ_when_anything_that_matters_differs() -> None:
 def test_building_twice_gives_the_same_bytes(chest: Chest, tmp_path: Path) -> None:
     build(chest, tmp_path / "a")
     build(chest, tmp_path / "b", sources=chest.headers[::-1])
-    for kind in makers.KINDS:
+    for kind in KINDS:
         assert (tmp_path / "a" / f"{kind}.dcm").read_bytes() == (tmp_path / "b" / f"{kind}.dcm").read_bytes(), kind
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {f"{kind}.dcm" for kind in makers.KINDS}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {f"{kind}.dcm" for kind in KINDS}
 
 
 def test_series_are_apart_and_say_what_they_are(chest: Chest, tmp_path: Path) -> None:
     objects = build(chest, tmp_path)
     for keyword in ("SeriesInstanceUID", "SOPInstanceUID", "SeriesNumber", "SeriesDescription"):
         values = [str(each[keyword].value) for each in objects]
-        assert len(set(values)) == len(makers.KINDS), keyword
+        assert len(set(values)) == len(KINDS), keyword
     assert [each.SeriesNumber for each in objects] == [491, 492, 493, 494, 495]
     assert [each.Modality for each in objects] == ["SEG", "SEG", "SR", "OT", "DOC"]
 
@@ -167,7 +168,7 @@ def test_patient_and_study_are_copied_byte_for_byte(script: str, tmp_path: Path)
     whole = [pydicom.dcmread(each.path) for each in chest.volume.sources]
     for headers in (None, whole):
         build(chest, tmp_path / "results", sources=headers)
-        for kind in makers.KINDS:
+        for kind in KINDS:
             path = tmp_path / "results" / f"{kind}.dcm"
             assert raw_patient(path) == raw_patient(first)
             made = pydicom.dcmread(path)
@@ -229,7 +230,7 @@ def test_content_time_is_in_the_zone_of_the_source() -> None:
 
 def test_kinds_choose_what_is_made(chest: Chest, tmp_path: Path) -> None:
     made = makers.build(
-        chest.volume, chest.findings, None, tmp_path, [Profile(("capture", "sr"))], content_datetime=MOMENT
+        chest.volume, chest.outcome, None, tmp_path, [Profile(("capture", "sr"))], content_datetime=MOMENT
     )
     assert [each.kind for each in made] == ["sr", "capture"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["capture.dcm", "sr-alone.dcm"]
@@ -240,12 +241,20 @@ def test_what_does_not_fit_together_is_refused(chest: Chest, tmp_path: Path) -> 
         Profile(("gsps",))
     shifted = replace(chest.findings, lungs=chest.findings.lungs[1:])
     with pytest.raises(ValueError, match="masks of"):
-        makers.build(chest.volume, shifted, None, tmp_path, content_datetime=MOMENT)
+        outcome_of(chest.volume, shifted)
+    segmentation = chest.outcome.segmentations[0]
+    cut = (replace(segmentation, labels=segmentation.labels[1:]), chest.outcome.segmentations[1])
+    with pytest.raises(ValueError, match="masks of"):
+        makers.build(chest.volume, replace(chest.outcome, segmentations=cut), None, tmp_path, content_datetime=MOMENT)
+    with pytest.raises(ValueError, match="pneumonia makes no emphysema-seg"):
+        makers.build(
+            chest.volume, chest.outcome, None, tmp_path, [Profile(("emphysema-seg",))], content_datetime=MOMENT
+        )
     outside = replace(chest.findings, lesions=chest.findings.lesions + 1)
     with pytest.raises(ValueError, match="outside the lungs"):
-        makers.build(chest.volume, outside, None, tmp_path, content_datetime=MOMENT)
+        outcome_of(chest.volume, outside)
     with pytest.raises(ValueError, match="no header"):
-        makers.build(chest.volume, chest.findings, chest.headers[1:], tmp_path, content_datetime=MOMENT)
+        makers.build(chest.volume, chest.outcome, chest.headers[1:], tmp_path, content_datetime=MOMENT)
     with pytest.raises(ValueError, match="at least one header"):
         makers.not_analysed([], "x", tmp_path, content_datetime=MOMENT)
     assert list(tmp_path.iterdir()) == []

@@ -16,8 +16,10 @@ from ohif import Viewer, opened, running_browser, served, viewer_files
 from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.pixels import pixel_array
-from synthetic_chest import crude_findings, findings_of
+from synthetic_chest import KINDS, crude_findings, findings_of
 
+from models.registry import load_bundle
+from models.segmenter.inference import Segmenter
 from node.config import Peer, Stow
 from node.delivery.peer import Outgoing
 from node.delivery.push import push_all
@@ -25,11 +27,10 @@ from node.delivery.stow import ByStow
 from node.images.volume import Volume, read_volume
 from node.methods.pneumonia import pipeline
 from node.methods.pneumonia.findings import LEFT, RIGHT, Findings
+from node.methods.pneumonia.outcome import COLOURS, outcome_of
+from node.methods.pneumonia.outcome import INFECTION_COLOUR as INFECTION
 from node.results import makers
-from node.results.capture.drawing import INFECTION
-from node.results.forms import KINDS, Profile
-from node.results.segmentation import COLOURS
-from node.tasks import segmenter
+from node.results.forms import Profile
 
 pytestmark = [pytest.mark.peer, pytest.mark.data, pytest.mark.timeout(900)]
 
@@ -71,11 +72,13 @@ def browser(archive: Orthanc) -> Iterator[tuple[Any, str]]:
 def case(data_dir: Path, archive: Orthanc, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """P001 with its results in the usual form, and its infection as a label map too."""
     paths = series(data_dir, "P001")
-    volume, findings = pipeline.analyse(paths, segmenter("cpu"))
+    volume, findings = pipeline.analyse(
+        paths, Segmenter(load_bundle("lungs"), load_bundle("infection"), "cpu"), minimum_lesion_mm3=100
+    )
     folder = tmp_path_factory.mktemp("P001")
     profiles = [Profile(KINDS), Profile(("infection-seg",), seg="labelmap")]
-    made = makers.build(volume, findings, None, folder, profiles, content_datetime=MOMENT)
-    makers.overlay_png(volume, findings, SCREENSHOTS / "overlay.png")
+    made = makers.build(volume, outcome_of(volume, findings), None, folder, profiles, content_datetime=MOMENT)
+    makers.overlay_png(volume, outcome_of(volume, findings), SCREENSHOTS / "overlay.png")
     capture = next(one.path for one in made if one.kind == "capture")
     Image.fromarray(pixel_array(capture, index=0)).save(SCREENSHOTS / "summary.png")
     return sent(archive, volume, findings, paths, made)
@@ -89,7 +92,7 @@ def healthy(data_dir: Path, archive: Orthanc, tmp_path_factory: pytest.TempPathF
     lungs = crude_findings(volume).lungs
     findings = findings_of(volume, lungs, np.zeros(lungs.shape, np.uint16), 0)
     folder = tmp_path_factory.mktemp("normal001")
-    made = makers.build(volume, findings, None, folder, content_datetime=MOMENT)
+    made = makers.build(volume, outcome_of(volume, findings), None, folder, content_datetime=MOMENT)
     return sent(archive, volume, findings, paths, made)
 
 

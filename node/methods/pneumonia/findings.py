@@ -69,9 +69,21 @@ class Findings:
     #: Largest first; `lesion_list[n].label == n + 1`.
     lesion_list: tuple[Lesion, ...]
     scan: ScanStatement
-    #: The models that took part, in order of use.
+    #: The models that took part, in order of use: that of the lungs, then that of infection (one may be both).
     models: tuple[ModelIdentity, ...]
     #: Stage name → seconds.
     timings: dict[str, float]
     #: What limits these findings, in a sentence each, such as lungs that reach the last slice.
     notes: tuple[str, ...] = ()
+    #: Whether the lesions' probabilities are as the model's calibration has them.
+    calibrated: bool = False
+
+    @property
+    def lung_model(self) -> ModelIdentity:
+        """The model that found the lungs."""
+        return self.models[0]
+
+    @property
+    def infection_model(self) -> ModelIdentity:
+        """The model that found the infection."""
+        return self.models[-1]

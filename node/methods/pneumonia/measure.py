@@ -13,10 +13,6 @@ from models.calibration import LesionCalibration
 from node.images.volume import Volume
 from node.methods.pneumonia.findings import LEFT, RIGHT, Lesion, Region, Side
 
-#: Components smaller than this, mm³, are not lesions: a sphere of 6 mm, below which the Fleischner Society (2017)
-#: does not follow a nodule up, and the size of the vessel ends and noise that a network marks.
-MINIMUM_LESION_MM3 = 100.0
-
 
 @dataclass(frozen=True)
 class Measurements:
@@ -34,12 +30,13 @@ def measure(
     lungs: NDArray[np.uint8],
     probability: NDArray[np.floating],
     threshold: float,
+    minimum_lesion_mm3: float,
     calibration: LesionCalibration | None = None,
 ) -> Measurements:
     """Find lesions and measure them and the lungs.
 
     Infection is where `probability` reaches `threshold` inside the lungs. A lesion is a 26-connected component of
-    it of at least `MINIMUM_LESION_MM3`; smaller ones count as healthy lung.
+    it of at least `minimum_lesion_mm3`; smaller ones count as healthy lung.
 
     Parameters
     ----------
@@ -51,6 +48,10 @@ def measure(
         Same shape: infection probability, 0 to 1.
     threshold
         From which probability a voxel is infected.
+    minimum_lesion_mm3
+        Components smaller than this are not lesions, as the metadata of the infection model say. The shipped model's
+        100 mm³ is a sphere of 6 mm, below which the Fleischner Society (2017) does not follow a nodule up, and the
+        size of the vessel ends and noise that a network marks.
     calibration
         Says how probable a lesion is, and which are too improbable to be reported; without one it is the mean over
         the lesion's voxels, and all are.
@@ -64,7 +65,7 @@ def measure(
     if box := _bounding_box(lungs > 0):
         infection = _reached(probability[box], threshold)
         infection &= lungs[box] > 0
-        lesions[box] = _components(infection, MINIMUM_LESION_MM3 / (1000 * volume.voxel_ml))
+        lesions[box] = _components(infection, minimum_lesion_mm3 / (1000 * volume.voxel_ml))
         lesion_list = _lesion_list(volume, lungs, probability, lesions, box, calibration)
         if calibration is not None:
             lesion_list = _without_improbable(lesion_list, lesions[box], calibration.floor)

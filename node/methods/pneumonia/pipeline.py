@@ -33,7 +33,9 @@ class AnalysisError(VolumeError):
     """The series reads well, but its analysis would mislead; the message says why, free of patient data."""
 
 
-def analyse(paths: Sequence[Path], segmenter: Segmenter, progress: Progress | None = None) -> tuple[Volume, Findings]:
+def analyse(
+    paths: Sequence[Path], segmenter: Segmenter, progress: Progress | None = None, *, minimum_lesion_mm3: float
+) -> tuple[Volume, Findings]:
     """Analyse one CT series.
 
     Parameters
@@ -44,6 +46,8 @@ def analyse(paths: Sequence[Path], segmenter: Segmenter, progress: Progress | No
         The networks.
     progress
         Told of every stage as it starts (0) and ends (1), and whatever the networks tell in between.
+    minimum_lesion_mm3
+        Smaller components of the infection are not lesions: of the infection model's metadata.
 
     Returns
     -------
@@ -70,7 +74,8 @@ def analyse(paths: Sequence[Path], segmenter: Segmenter, progress: Progress | No
     with _stage("measure", timings, tell):
         lungs = np.ascontiguousarray(orientation.source(segmentation.lungs))
         probability = orientation.source(segmentation.probability)
-        measured = measure(volume, lungs, probability, segmentation.threshold, segmentation.calibration)
+        calibration = segmentation.calibration
+        measured = measure(volume, lungs, probability, segmentation.threshold, minimum_lesion_mm3, calibration)
     with _stage("judge", timings, tell):
         scan = state(
             segmentation.lungs,
@@ -90,6 +95,7 @@ def analyse(paths: Sequence[Path], segmenter: Segmenter, progress: Progress | No
         models=tuple(segmenter.identities),
         timings=timings | {f"segment: {stage}": s for stage, s in segmentation.timings.items()},
         notes=_notes(segmentation.lungs, spacing),
+        calibrated=calibration is not None,
     )
 
 

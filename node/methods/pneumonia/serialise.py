@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from node.images.volume import Volume
+from node.methods.outcome import to_json
 from node.methods.pneumonia.findings import Findings, Region
 
 
 def summary(findings: Findings, volume: Volume) -> dict[str, Any]:
-    """Everything in `findings` but the masks.
+    """The method's own numbers: everything in `findings` but the masks and what all outcomes have.
 
     Returns
     -------
@@ -35,23 +35,10 @@ def summary(findings: Findings, volume: Volume) -> dict[str, Any]:
             for lesion in findings.lesion_list
         ],
         "scan": dataclasses.asdict(findings.scan),
-        "models": [dataclasses.asdict(model) for model in findings.models],
-        "timings_s": findings.timings,
-        "notes": findings.notes,
+        "calibrated": findings.calibrated,
     }
-    return {key: _plain(value) for key, value in plain.items()}
+    return {key: to_json(value) for key, value in plain.items()}
 
 
 def _region(region: Region) -> dict[str, float]:
     return dataclasses.asdict(region) | {"infected_share": region.infected_share}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        # JSON knows no nan.
-        return None if math.isnan(value) else value
-    return value

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from pydicom.uid import UID
 
 from node.intake.assembly import ClosedSeries
 from node.intake.header import InstanceHeader
 from node.intake.stack import Acquisition, Tiling, acquisitions, normal, tile
+from node.intake.verdict import Verdict
 
 #: CT Image, Enhanced CT Image and Legacy Converted Enhanced CT Image Storage (PS3.4 B.5).
 CT_CLASSES = frozenset(
@@ -92,23 +93,6 @@ MODALITIES = frozenset([
 # fmt: on
 #: A spine is no chest, even a thoracic one: its field of view leaves the lungs out.
 SPINE = ("SPINE", "SPINAL", "LUMB")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a series, or an acquisition in it, is to be analysed, and why (not), for admins and radiologists."""
-
-    analyse: bool
-    #: A sentence; begins with 'not analysed: ' where it is not.
-    reason: str
-    #: For one that is not analysed: whether readers would expect it to be, so that the study should say why not. A
-    #: localizer or a sagittal reformat is nothing to tell of; a whole axial chest CT with a gap is.
-    tell: bool = False
-    #: Where it is about a part of the series: which instances (numbers from 0); a sentence for the statement that says
-    #: so; and words that tell it from the others, such as 'acquisition 2', where it is one of several acquisitions.
-    part: tuple[int, ...] = ()
-    note: str = ""
-    acquisition: str = ""
 
 
 def triage(series: ClosedSeries) -> list[Verdict]:

@@ -13,18 +13,11 @@ from scipy import ndimage
 
 from node.images.orientation import Orientation
 from node.images.volume import Volume
-from node.methods.pneumonia.findings import Findings
+from node.methods.outcome import Pictures
 from node.results.capture.typesetting import MEDIUM, TEXT, write
 
-#: Colours, near those of the palette of Okabe and Ito: orange and blue differ for every kind of colour vision, and in
-#: brightness, so that they differ on a grey monitor too.
-INFECTION = (255, 170, 0)
-LUNG = (70, 150, 230)
-
-#: Lung window: centre and width, HU.
-LUNG_WINDOW = (-600.0, 1500.0)
-
-#: mm kept around the lungs in a picture, so that chest wall and mediastinum stay in view.
+#: mm kept around what is outlined in a picture, so that what is next to it (of lungs, chest wall and mediastinum) stays
+#: in view.
 MARGIN_MM = 25.0
 
 #: Part of the colour in a tint; the grey shines through.
@@ -40,37 +33,40 @@ class Flattened:
 
     #: Mean attenuation along the line of sight, from air to soft tissue, HU.
     grey: NDArray[np.float32]
-    #: Infected voxels along the line of sight.
-    infected: NDArray[np.int32]
-    #: Where the right and the left lung are.
-    lungs: NDArray[np.bool_]
+    #: Tinted voxels along the line of sight.
+    tinted: NDArray[np.int32]
+    #: Where each of the outlined labels is.
+    outlined: NDArray[np.bool_]
 
     @classmethod
-    def empty(cls, rows: int, columns: int) -> Flattened:
+    def empty(cls, rows: int, columns: int, labels: int) -> Flattened:
         """Nothing seen yet."""
         shape = rows, columns
-        return cls(np.zeros(shape, np.float32), np.zeros(shape, np.int32), np.zeros((2, *shape), np.bool_))
+        return cls(np.zeros(shape, np.float32), np.zeros(shape, np.int32), np.zeros((labels, *shape), np.bool_))
 
     def flipped(self) -> Flattened:
         """The same with its last row at the top."""
-        return Flattened(self.grey[::-1], self.infected[::-1], self.lungs[:, ::-1])
+        return Flattened(self.grey[::-1], self.tinted[::-1], self.outlined[:, ::-1])
 
 
 @dataclass(frozen=True)
 class PatientView:
-    """Volume and masks with axes from feet to head, front to back, patient's right to left."""
+    """Volume and layers with axes from feet to head, front to back, patient's right to left."""
 
     hu: NDArray[np.int16]
-    lungs: NDArray[np.uint8]
-    infection: NDArray[np.bool_]
+    #: Labels, each outlined for itself, from 1.
+    outlined: NDArray[np.uint8]
+    tinted: NDArray[np.bool_]
     #: mm between planes along the three axes.
     spacing: tuple[float, float, float]
     #: z of the middle of every axial plane, mm, LPS.
     heights: NDArray[np.float64]
+    #: How the method wants them drawn.
+    pictures: Pictures
 
     @classmethod
-    def of(cls, volume: Volume, findings: Findings) -> PatientView:
-        """Views, not copies, of the volume and its findings."""
+    def of(cls, volume: Volume, pictures: Pictures) -> PatientView:
+        """Views, not copies, of the volume and the layers."""
         orientation = Orientation.of(volume.affine)
         shape = np.array(volume.hu.shape)
         axis = orientation.axes[0]
@@ -79,51 +75,57 @@ class PatientView:
         heights = middle[:, ::-1] @ volume.affine[2, :3] + volume.affine[2, 3]
         return cls(
             hu=orientation.canonical(volume.hu),
-            lungs=orientation.canonical(findings.lungs),
-            infection=orientation.canonical(findings.lesions) > 0,
+            outlined=orientation.canonical(pictures.outlined.labels),
+            tinted=orientation.canonical(pictures.tinted.labels) > 0,
             spacing=orientation.spacing(volume.spacing),
             heights=heights[::-1] if 0 in orientation.reversed_axes else heights,
+            pictures=pictures,
         )
 
     @cached_property
+    def labels(self) -> range:
+        """Labels of what is outlined."""
+        return range(1, 1 + int(self.outlined.max(initial=0)))
+
+    @cached_property
     def box(self) -> tuple[slice, slice, slice]:
-        """Index box of the lungs with a margin; the whole volume where there are none."""
+        """Index box of what is outlined with a margin; the whole volume where that is nothing."""
         ranges = []
         for axis in range(3):
-            hit = np.flatnonzero(self.lungs.any(axis=tuple(other for other in range(3) if other != axis)))
-            size, margin = self.lungs.shape[axis], round(MARGIN_MM / self.spacing[axis])
+            hit = np.flatnonzero(self.outlined.any(axis=tuple(other for other in range(3) if other != axis)))
+            size, margin = self.outlined.shape[axis], round(MARGIN_MM / self.spacing[axis])
             ranges.append(
                 slice(max(0, hit[0] - margin), min(size, hit[-1] + 1 + margin)) if hit.size else slice(0, size)
             )
         return ranges[0], ranges[1], ranges[2]
 
     @cached_property
-    def lung_planes(self) -> NDArray[np.intp]:
-        """Axial planes that show lung, from the feet up; all planes where there is no lung."""
-        planes = np.flatnonzero(self.lungs.any(axis=(1, 2)))
-        return planes if planes.size else np.arange(len(self.lungs))
+    def planes(self) -> NDArray[np.intp]:
+        """Axial planes that show what is outlined, from the feet up; all planes where that is nothing."""
+        planes = np.flatnonzero(self.outlined.any(axis=(1, 2)))
+        return planes if planes.size else np.arange(len(self.outlined))
 
     @cached_property
-    def infected_area(self) -> NDArray[np.intp]:
-        """Infected pixels on each axial plane."""
-        return np.array([np.count_nonzero(plane) for plane in self.infection])
+    def tinted_area(self) -> NDArray[np.intp]:
+        """Tinted pixels on each axial plane."""
+        return np.array([np.count_nonzero(plane) for plane in self.tinted])
 
     @cached_property
     def flattened(self) -> dict[Side, Flattened]:
         """What lies in the box as seen from the front and from below, each seen through the whole box."""
-        hu, lungs, infection = self.hu[self.box], self.lungs[self.box], self.infection[self.box]
+        hu, outlined, tinted = self.hu[self.box], self.outlined[self.box], self.tinted[self.box]
         planes, rows, columns = hu.shape
-        front = Flattened.empty(planes, columns)
-        below = Flattened.empty(rows, columns)
+        front = Flattened.empty(planes, columns, len(self.labels))
+        below = Flattened.empty(rows, columns, len(self.labels))
         # Plane by plane, for both at once: each plane is fetched from memory once.
         for k in range(planes):
             grey = np.clip(hu[k], -1000, 300)
             front.grey[k] = grey.mean(axis=0, dtype=np.float32)
             below.grey[:] += grey
-            front.infected[k] = np.count_nonzero(infection[k], axis=0)
-            below.infected[:] += infection[k]
-            for side, (across, down) in enumerate(zip(front.lungs, below.lungs, strict=True), 1):
-                part = lungs[k] == side
+            front.tinted[k] = np.count_nonzero(tinted[k], axis=0)
+            below.tinted[:] += tinted[k]
+            for label, across, down in zip(self.labels, front.outlined, below.outlined, strict=True):
+                part = outlined[k] == label
                 across[k] = part.any(axis=0)
                 down |= part
         below.grey[:] /= planes
@@ -132,34 +134,35 @@ class PatientView:
 
 
 def axial(view: PatientView, plane: int, width: int, height: int) -> Image.Image:
-    """Axial plane in the lung window: infection tinted and outlined, lungs outlined; exactly `width` by `height`."""
+    """Axial plane in the method's window, with its layers; exactly `width` by `height`."""
     rows, columns = view.box[1:]
     frame = _Frame(view.spacing[1:], (rows.stop - rows.start, columns.stop - columns.start), width, height)
-    centre, span = LUNG_WINDOW
+    outline, tint = view.pictures.outlined.colour, view.pictures.tinted.colour
+    centre, span = view.pictures.window
     grey = (view.hu[plane, rows, columns] - np.float32(centre - span / 2)) / np.float32(span)
     picture = frame.grey(grey)
-    infection = frame.mask(view.infection[plane, rows, columns])
-    _paint(picture, infection, INFECTION, _TINT)
-    for side in (1, 2):
-        lung = frame.mask(view.lungs[plane, rows, columns] == side)
-        _paint(picture, _edge(lung, 1), LUNG, 0.85)
-    _paint(picture, _edge(infection, 2), INFECTION, 1.0)
+    tinted = frame.mask(view.tinted[plane, rows, columns])
+    _paint(picture, tinted, tint, _TINT)
+    for label in view.labels:
+        part = frame.mask(view.outlined[plane, rows, columns] == label)
+        _paint(picture, _edge(part, 1), outline, 0.85)
+    _paint(picture, _edge(tinted, 2), tint, 1.0)
     return _mark(frame.on_black(picture), frame, ("A", "P", "R", "L"))
 
 
 def projection(view: PatientView, side: Side, width: int, height: int) -> Image.Image:
-    """The chest from the front or from below: mean attenuation as grey, thickness of infection as tint."""
+    """The patient from the front or from below: mean attenuation as grey, thickness of what is tinted as tint."""
     seen = view.flattened[side]
     along, rows = (1, 0) if side == "front" else (0, 1)
     frame = _Frame((view.spacing[rows], view.spacing[2]), seen.grey.shape, width, height)
     low, high = np.percentile(seen.grey, (1, 99))
     picture = frame.grey((seen.grey - low) / max(float(high - low), 1.0) * 0.85)
-    thickness = seen.infected * view.spacing[along]
+    thickness = seen.tinted * view.spacing[along]
     # 5 mm is seen, 60 mm and more is full.
     strength = np.where(thickness > 0, np.clip(0.25 + thickness / 80, 0, 1), 0)
-    _paint(picture, frame.smooth(strength), INFECTION, 1.0)
-    for lung in seen.lungs:
-        _paint(picture, _edge(frame.mask(lung), 1), LUNG, 0.85)
+    _paint(picture, frame.smooth(strength), view.pictures.tinted.colour, 1.0)
+    for part in seen.outlined:
+        _paint(picture, _edge(frame.mask(part), 1), view.pictures.outlined.colour, 0.85)
     letters = ("H", "F", "R", "L") if side == "front" else ("A", "P", "R", "L")
     return _mark(frame.on_black(picture), frame, letters)
 

@@ -17,60 +17,58 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as Items
 from pydicom.uid import MultiFrameTrueColorSecondaryCaptureImageStorage
 
-from node.methods.pneumonia.findings import Findings
+from node.methods.outcome import Outcome
 from node.results.capture.drawing import PatientView
 from node.results.capture.pages import SIDE, key_planes, not_analysed_page, planes_of, slice_page, summary_page, tile
 from node.results.forms import Profile
-from node.results.provenance import NOT_FOR_DIAGNOSIS, Analysis, describe
-from node.results.trend import Earlier
-
-#: Series Number is 100 times the source's plus this.
-_SERIES_OFFSET = 94
+from node.results.making import Making, Naming
+from node.results.provenance import NOT_FOR_DIAGNOSIS, Analysis, describe, set_body_part
+from node.results.references import sources
 
 
-def build(
-    view: PatientView, findings: Findings, analysis: Analysis, profile: Profile, earlier: Sequence[Earlier] = ()
-) -> Dataset:
-    """Capture of `findings`; made whether or not something is infected."""
+def build(making: Making, naming: Naming, profile: Profile) -> Dataset:
+    """Capture of the outcome; made whether or not something was found."""
+    view, outcome = making.view, making.outcome
     planes = planes_of(view, profile.capture)
     labels = ["Summary", *(f"z {view.heights[plane]:.1f} mm" for plane in planes)]
 
     def pages() -> Iterable[Image.Image]:
-        yield summary_page(view, findings, earlier)
+        yield summary_page(view, outcome, making.earlier)
         for plane in planes:
-            yield slice_page(view, findings, plane)
+            yield slice_page(view, outcome, plane)
 
-    return _capture(pages(), labels, analysis, "AI overview (colour)", profile.form("capture"))
-
-
-def not_analysed(reason: str, analysis: Analysis) -> Dataset:
-    """Capture of one page that says why the series was not analysed."""
-    return _capture([not_analysed_page(reason)], ["Not analysed"], analysis, "AI: not analysed", reason)
+    return _capture(pages(), labels, making.analysis, "AI overview (colour)", naming)
 
 
-def overlay_png(view: PatientView, findings: Findings, path: Path) -> None:
+def not_analysed(reason: str, analysis: Analysis, offset: int) -> Dataset:
+    """Capture of one page that says why the series was not analysed; `offset` as of `describe`."""
+    page = not_analysed_page(reason, analysis.subject)
+    return _capture([page], ["Not analysed"], analysis, "AI: not analysed", Naming("capture", offset, reason))
+
+
+def overlay_png(view: PatientView, outcome: Outcome, path: Path) -> None:
     """Write a PNG montage: the summary page, and beside it twelve slices from the head down."""
     width, height = SIDE * 5 // 12, SIDE // 3
     montage = Image.new("RGB", (SIDE + 4 * width, SIDE))
-    montage.paste(summary_page(view, findings), (0, 0))
+    montage.paste(summary_page(view, outcome), (0, 0))
     for number, plane in enumerate(key_planes(view, 12)):
         montage.paste(tile(view, plane, width, height), (SIDE + number % 4 * width, number // 4 * height))
     montage.save(path)
 
 
 def _capture(
-    pages: Iterable[Image.Image], labels: Sequence[str], analysis: Analysis, series_description: str, variant: str
+    pages: Iterable[Image.Image], labels: Sequence[str], analysis: Analysis, series_description: str, naming: Naming
 ) -> Dataset:
     capture = Dataset()
     capture.ImageType = ["DERIVED", "SECONDARY"]
     capture.ConversionType = "WSD"
-    capture.BodyPartExamined = "CHEST"
+    set_body_part(capture, analysis.subject)
     capture.PatientOrientation = None
     # No text on the pages says who the patient is (PS3.3 C.7.6.1.1).
     capture.BurnedInAnnotation = "NO"
     capture.LossyImageCompression = "00"
     capture.DerivationDescription = NOT_FOR_DIAGNOSIS
-    capture.SourceImageSequence = Items(references(analysis))
+    capture.SourceImageSequence = Items(sources(analysis))
     capture.SamplesPerPixel, capture.PhotometricInterpretation, capture.PlanarConfiguration = 3, "RGB", 0
     capture.Rows = capture.Columns = SIDE
     capture.BitsAllocated, capture.BitsStored, capture.HighBit, capture.PixelRepresentation = 8, 8, 7, 0
@@ -88,21 +86,11 @@ def _capture(
     describe(
         capture,
         analysis,
-        kind="capture",
+        kind=naming.kind,
         sop_class_uid=MultiFrameTrueColorSecondaryCaptureImageStorage,
         modality="OT",
-        series_offset=_SERIES_OFFSET,
+        series_offset=naming.offset,
         series_description=series_description,
-        variant=variant,
+        variant=naming.variant,
     )
     return capture
-
-
-def references(analysis: Analysis) -> list[Dataset]:
-    """The source instances, as items of Source Image and Source Instance Sequence."""
-    items = []
-    for source in analysis.unique_instances():
-        item = Dataset()
-        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = source.sop_class_uid, source.sop_instance_uid
-        items.append(item)
-    return items

@@ -23,6 +23,7 @@ from node.delivery import outbox
 from node.intake import assembly
 from node.ledger import store
 from node.ledger.store import Lease
+from node.methods.pneumonia import method
 from node.operations import supervisor
 
 store.LEASE_S = 4.0
@@ -51,7 +52,7 @@ class _Threshold:
         return Segmentation(lungs, dense.astype(np.float16), 0.5)
 
 
-tasks.segmenter = lambda *_: _Threshold()
+method.segmenter = lambda *_: _Threshold()
 
 
 _FINISH = Lease.finish
