@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from made_instances import dataset, encoded, save
+from node.cli.folder import closed_folder
 from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.sequence import Sequence
@@ -22,16 +23,15 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from node.analysis.folder import closed_folder
 from node.images import volume as volume_module
 from node.images.frames import decode_frames, read_frames
+from node.images.headers import first_header
 from node.images.volume import VolumeError, read_volume
 from node.intake import header as header_module
 from node.intake import received
 from node.intake.header import HeaderError, TooLargeError
 from node.intake.received import ReceivedFile, read_received
 from node.intake.spool import file_meta
-from node.tasks import first_header
 
 MB = 1 << 20
 SYNTAXES = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
