@@ -298,10 +298,10 @@ def test_a_ledger_that_fails_counts_as_no_attempt_and_another_failure_does(
     record = closing._record
     for error, counted in ((OperationalError("", None, Exception()), 0), (OSError(), 0), (KeyError(), 3)):
 
-        def fails(node: Node, judged: closing._Judged, error: Exception = error) -> None:
+        def fails(node: Node, judged: closing._Judged, dispatch: closing.Dispatch, error: Exception = error) -> None:
             if not judged.verdicts[0].reason.startswith("not analysed: set aside"):
                 raise error
-            record(node, judged)
+            record(node, judged, dispatch)
 
         monkeypatch.setattr(closing, "_record", fails)
         time.sleep(0.6)
