@@ -55,9 +55,9 @@ WORDS: Final[Mapping[EventKind, str]] = {
     EventKind.RECEIVED: "{instances} instances: {reason}",
     EventKind.TRIAGED: "{decision}",
     EventKind.CONFLICT: (
-        "the series belongs to {belongs_to}; {sender} (calling from {address}) sent {differing} of its {held} "
-        "instances with other content, and {extra} instances that {belongs_to} did not send: what {belongs_to} sent is kept, the "
-        "rest lies beside the series and is no part of it"
+        "the series belongs to {belongs_to}; {sender} (calling from {address}) sent {differing} of its {held} instances"
+        " with other content, and {extra} instances that {belongs_to} did not send: what {belongs_to} sent is kept,"
+        " the rest lies beside the series and is no part of it"
     ),
     EventKind.ANALYSIS_STARTED: "started{attempt}",
     EventKind.ANALYSIS_STAGE: "{stage}",

@@ -85,7 +85,11 @@ def test_a_commitment_report_of_anything_is_answered_and_not_quoted(ledger: Ledg
     said.TransactionUID = HOSTILE * 10_000 if where == "transaction" else "1.2.3"
     said.FailedSOPSequence = [failed]
     with structlog.testing.capture_logs() as lines:
-        status = commitment._heard(ledger, SimpleNamespace(event_information=said if where != "nothing" else Dataset()))
+        event = SimpleNamespace(
+            event_information=said if where != "nothing" else Dataset(),
+            assoc=SimpleNamespace(remote={"ae_title": "PACS", "address": "127.0.0.1"}),
+        )
+        status = commitment._heard(ledger, event, lambda _: True)
     assert status == commitment.INVALID_ARGUMENT
     assert repr(lines).isprintable()
     assert "MARKER" not in repr(lines)

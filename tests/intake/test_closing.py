@@ -251,7 +251,7 @@ def test_a_series_at_which_the_process_dies_is_set_aside_after_three_attempts(
         row = session.query(Series).one()
         assert (len(row.instances), row.complete) == (3, False)
         assert row.verdict.startswith("not analysed: set aside, as the listener failed or ended 3 times")
-        assert views.view(row).state == "failed"
+        assert views.view(row, time.time()).state == "failed"
         assert [event.stage for event in row.events] == ["received", "triage"]
     assert not retention._finished(here.ledger, SERIES, time.time() + 1)
     # The folder is moved away, as the verdict says, and the series is sent again.

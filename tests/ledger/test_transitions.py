@@ -114,7 +114,7 @@ def test_a_text_that_is_no_state_is_refused(ledger: Ledger) -> None:
 
 
 #: Where a state may be written: the writers, and the rows of objects that are created as refused.
-WRITERS = {"node/ledger/record.py", "node/tasks.py"}
+WRITERS = {"node/ledger/record.py", "node/recording.py"}
 
 
 def test_no_module_writes_a_state_but_by_the_writers() -> None:
