@@ -6,6 +6,7 @@ as torch's `interpolate(mode="bilinear", antialias=True)` has it, which the netw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,19 +23,29 @@ _LOW, _HIGH = -1024, 1500
 _CHUNK = 8
 
 
-def shrink(hu: NDArray[np.int16], slab: int, matrix: tuple[int, int]) -> NDArray[np.float32]:
-    """Average slabs of `slab` slices, and bring them to another matrix (rows, columns).
+#: From where to where along an axis, voxels of the source grid; fractions are parts of a voxel.
+Span = tuple[float, float]
+
+
+def shrink(
+    hu: NDArray[np.int16], slab: int, matrix: tuple[int, int], spans: tuple[Span, Span] | None = None
+) -> NDArray[np.float32]:
+    """Average slabs of `slab` slices, and bring them, or spans of rows and columns, to another matrix (rows, columns).
 
     The last slab repeats the last slice where slices are missing.
     """
     image = np.empty((-(-len(hu) // slab), *matrix), np.float32)
-    rows, columns = (_taps(n, m) for n, m in zip(hu.shape[1:], matrix, strict=True))
+    rows, columns = (_taps(n, m, span) for n, m, span in zip(hu.shape[1:], matrix, spans or (None, None), strict=True))
     _in_threads(lambda start, stop: _shrink(hu, slab, *rows, *columns, image, start, stop), len(image))
     return image
 
 
 def restore(
-    sides: NDArray[np.float32], chance: NDArray[np.float32], shape: tuple[int, ...], slab: int
+    sides: NDArray[np.float32],
+    chance: NDArray[np.float32],
+    shape: tuple[int, ...],
+    slab: int,
+    spans: tuple[Span, Span] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     """Bring slabs back to slices, trilinearly.
 
@@ -48,6 +59,8 @@ def restore(
         Of the source grid.
     slab
         Slices in a slab.
+    spans
+        Rows and columns of the source grid that `sides` and `chance` cover, by default all.
 
     Returns
     -------
@@ -59,17 +72,22 @@ def restore(
     lungs, probability = np.zeros(shape, np.uint8), np.zeros(shape, np.float16)
     sides = np.ascontiguousarray(sides)
     depth = _between(shape[0], len(chance), slab)
-    rows, columns = (_between(shape[n], sides.shape[n + 1]) for n in (1, 2))
-    chance_rows, chance_columns = (_between(shape[n], chance.shape[n]) for n in (1, 2))
+    spans = spans or ((0.0, float(shape[1])), (0.0, float(shape[2])))
+    covered = [slice(max(0, math.floor(a)), min(n, math.ceil(b))) for (a, b), n in zip(spans, shape[1:], strict=True)]
+    rows, columns = (_across(spans[n], covered[n], sides.shape[n + 2]) for n in (0, 1))
+    chance_rows, chance_columns = (_across(spans[n], covered[n], chance.shape[n + 1]) for n in (0, 1))
     extent = _extent(sides)
+    found, infected = lungs[:, covered[0], covered[1]], probability[:, covered[0], covered[1]]
 
     def part(start: int, stop: int) -> None:
-        values = np.zeros((stop - start, *shape[1:]), np.float32)
+        values = np.zeros((stop - start, *found.shape[1:]), np.float32)
+        labels = np.zeros(values.shape, np.uint8)
         used = _restore(
-            sides, chance, extent, depth, rows, columns, chance_rows, chance_columns, lungs, values, start, stop
+            sides, chance, extent, depth, rows, columns, chance_rows, chance_columns, labels, values, start, stop
         )
         y, x = slice(used[0], used[1]), slice(used[2], used[3])
-        probability[start:stop, y, x] = values[:, y, x]
+        found[start:stop, y, x] = labels[:, y, x]
+        infected[start:stop, y, x] = values[:, y, x]
 
     _in_threads(part, shape[0])
     return lungs, probability
@@ -78,11 +96,12 @@ def restore(
 _Between = tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]
 
 
-def _taps(source: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """First source pixel and the weights of the next, for each target pixel."""
-    scale = source / target
+def _taps(source: int, target: int, span: Span | None = None) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """First source pixel and the weights of the next, for each target pixel of the source or of a span of it."""
+    begin, end = span or (0.0, float(source))
+    scale = (end - begin) / target
     support = max(scale, 1.0)
-    centre = scale * (np.arange(target) + 0.5)
+    centre = begin + scale * (np.arange(target) + 0.5)
     first = np.maximum((centre - support + 0.5).astype(np.intp), 0)
     last = np.minimum((centre + support + 0.5).astype(np.intp), source)
     place = first[:, None] + np.arange(int((last - first).max()))
@@ -98,6 +117,15 @@ def _taps(source: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.float3
 def _between(target: int, source: int, scale: float | None = None) -> _Between:
     """The two source pixels about each target pixel and the share of the second; `scale` is target over source."""
     place = ((np.arange(target) + 0.5) / (scale or target / source) - 0.5).clip(0, source - 1)
+    below = place.astype(np.intp)
+    return below, np.minimum(below + 1, source - 1), (place - below).astype(np.float32)
+
+
+def _across(span: Span, covered: slice, source: int) -> _Between:
+    """The same for the target pixels `covered`, where the source lies over a span of the target."""
+    begin, end = span
+    centre = np.arange(covered.start, covered.stop) + 0.5 - begin
+    place = (centre * (source / (end - begin)) - 0.5).clip(0, source - 1)
     below = place.astype(np.intp)
     return below, np.minimum(below + 1, source - 1), (place - below).astype(np.float32)
 
@@ -156,7 +184,7 @@ def _blend(plane_a, plane_b, z, row_a, row_b, y, first, last, line):  # type: ig
 def _restore(  # type: ignore[no-untyped-def]
     sides, chance, extent, depth, rows, columns, chance_rows, chance_columns, lungs, values, start, stop
 ):
-    """Fill slices `start` to `stop` of `lungs`, and `values`; the rows and columns between which there is lung."""
+    """Fill `lungs` and `values` with slices `start` to `stop`; the rows and columns between which there is lung."""
     height, width = lungs.shape[1:]
     coarse, coarse_chance = sides.shape[3], chance.shape[2]
     right, left = np.empty(coarse, np.float32), np.empty(coarse, np.float32)
@@ -192,7 +220,7 @@ def _restore(  # type: ignore[no-untyped-def]
                 r = right[p] + (right[q] - right[p]) * x
                 s = left[p] + (left[q] - left[p]) * x
                 if max(r, s) > np.float32(0.5):
-                    lungs[k, j, i] = 1 if r >= s else 2
+                    lungs[k - start, j, i] = 1 if r >= s else 2
                     p, q, x = chance_columns[0][i], chance_columns[1][i], chance_columns[2][i]
                     values[k - start, j, i] = infected[p] + (infected[q] - infected[p]) * x
     return top, bottom, leftmost, rightmost

@@ -20,6 +20,7 @@ from models.phantom.anatomy import LEFT_LUNG, RIGHT_LUNG, anatomy, draw_body
 from models.phantom.grid import Array, Grid, depth_of, textures
 from models.phantom.pneumonia import add_pneumonia, septal_lines
 from models.phantom.vessels import add_vessels
+from models.training.thorax import FINDINGS
 
 #: What a phantom may show besides: two patterns of pneumonia, then what is not pneumonia (`confounders`).
 Extra = Literal["air bronchograms", "crazy paving", "nodules", "effusion", "atelectasis", "emphysema", "motion"]
@@ -66,6 +67,7 @@ def phantom(
     severity: int | None = None,
     noise_hu: float | None = None,
     extras: Collection[Extra] | None = (),
+    findings: Collection[str] = (),
 ) -> Phantom:
     """Draw a phantom.
 
@@ -83,13 +85,15 @@ def phantom(
         Standard deviation of the noise; None draws a dose and kernel.
     extras
         What else is to be seen; None draws each by `EXTRA_CHANCE`. The seed's patient, vessels and noise stay.
+    findings
+        What changes a whole lung: names of `thorax.FINDINGS`, drawn after all else.
 
     Raises
     ------
     ValueError
         For a severity outside 0 to 3, a shape below 8 voxels, a spacing that is not positive or an unknown extra.
     """
-    _check(shape, spacing, severity, extras)
+    _check(shape, spacing, severity, extras, findings)
     rng = np.random.default_rng(seed)
     more = np.random.default_rng([seed, 1])
     drawn = {extra: bool(more.random() < chance) for extra, chance in EXTRA_CHANCE.items()}
@@ -131,6 +135,9 @@ def phantom(
         septa=septal_lines(textures(more, grid, (6.0,))[0]) if "crazy paving" in shown else None,
         bronchi=bronchi if "air bronchograms" in shown else None,
     )
+    for finding in findings:
+        FINDINGS[finding][1](np.random.default_rng([seed, 3]), grid, hu, lungs, fine)
+        infection &= lungs > 0
     if "motion" in shown:
         confounders.add_motion(more, grid, hu, body.half_depth)
     return Phantom(_image(rng, grid, hu, noise_hu), lungs, infection, spacing)
@@ -141,6 +148,7 @@ def _check(
     spacing: tuple[float, float, float] | None,
     severity: int | None,
     extras: Collection[str] | None,
+    findings: Collection[str],
 ) -> None:
     if len(shape) != 3 or min(shape) < 8:
         raise ValueError(f"a phantom needs at least 8 voxels along each of three axes, not {shape}")
@@ -150,6 +158,8 @@ def _check(
         raise ValueError(f"severity must be 0, 1, 2 or 3, not {severity}")
     if unknown := set(extras or ()) - set(get_args(Extra)):
         raise ValueError(f"unknown extras {sorted(unknown)}; there are {', '.join(get_args(Extra))}")
+    if unknown := set(findings) - set(FINDINGS):
+        raise ValueError(f"unknown findings {sorted(unknown)}; there are {', '.join(FINDINGS)}")
 
 
 def _add_dependent_density(

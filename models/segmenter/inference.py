@@ -1,8 +1,9 @@
 """HU volume → lungs and infection probability on the same grid: the two networks, their resampling and clean-up.
 
-Both networks are 2D and see axial slices at the pixel size of their metadata, one that was trained with context also
-the neighbours of each. Thin slices are averaged to slabs of about `SLAB_MM`, so that a volume of 0.6 mm slices costs no
-more than one of 2.5 mm; probabilities are interpolated back. The result depends on the input alone, on one machine.
+Both networks are 2D and see axial slices of the patient's box (`models.body`) at the pixel size of their metadata, one
+that was trained with context also the neighbours of each. Thin slices are averaged to slabs of about `SLAB_MM`, so that
+a volume of 0.6 mm slices costs no more than one of 2.5 mm; probabilities are interpolated back. The result depends on
+the input alone, on one machine.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cc3d
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from models.body import Body, find_body
 from models.calibration import LesionCalibration
 from models.registry import Bundle, BundleError, ModelIdentity
-from models.resample import restore, shrink
+from models.resample import Span, restore, shrink
 from models.runtime import open_runtime
-
-RIGHT, LEFT = 1, 2
+from models.sides import LEFT as LEFT
+from models.sides import RIGHT as RIGHT
+from models.sides import absent, pose_of, settled
 
 #: Slices thinner than this are averaged before the networks see them, mm.
 SLAB_MM = 2.5
@@ -57,6 +60,12 @@ _LUMEN_HU = -900.0
 _LUMEN_MM2 = (30.0, 900.0)
 _WALL_HU = -600.0
 _WALL_SHARE = 0.75
+
+#: A trunk narrower than this, mm, is a child's: it is enlarged, at most so much, to the width of an adult.
+_SMALL_MM, _ADULT_MM, _SMALLEST = 240.0, 300.0, 0.4
+
+#: What the lung network sees outside the body, HU.
+_AIR_HU = -1000.0
 
 #: The infection network sees the lungs' box and at least so much around it, mm, up to its own strides: a window that
 #: begins a pixel further out changes a twentieth of what it finds, and lungs that do must not move it.
@@ -93,6 +102,8 @@ class Segmentation:
     timings: dict[str, float] = field(default_factory=dict)
     #: From voxels to a lesion's probability, of the infection model's metadata.
     calibration: LesionCalibration | None = None
+    #: What a reader has to know about right and left, in sentences.
+    notes: tuple[str, ...] = ()
 
 
 class Segmenter:
@@ -142,37 +153,82 @@ class Segmenter:
         ValueError
             For an array that is not three-dimensional or a spacing that is not positive.
         """
+        timings: dict[str, float] = {}
+        tell = progress or (lambda stage, done: None)
+        slab, shared, found = self._find(hu, spacing, tell, timings)
+        with _lap("infection", timings):
+            chance = self._infection_chance(shared, found.sides, tell)
+        with _lap("restore", timings):
+            lungs, probability = restore(found.sides, chance, hu.shape, slab, shared.spans)
+        return Segmentation(lungs, probability, self._threshold, timings, self._calibration, found.notes)
+
+    def lungs(self, hu: NDArray[np.int16], spacing: tuple[float, float, float]) -> NDArray[np.uint8]:
+        """The lungs alone, as `Segmentation.lungs`; for what is measured without infection."""
+        slab, shared, found = self._find(hu, spacing, lambda stage, done: None, {})
+        lungs, _ = restore(found.sides, np.zeros_like(found.sides[0]), hu.shape, slab, shared.spans)
+        return lungs
+
+    def _find(
+        self, hu: NDArray[np.int16], spacing: tuple[float, float, float], tell: Progress, timings: dict[str, float]
+    ) -> tuple[int, _Grid, _Found]:
+        """Slices in a slab, the grid for infection, and the lungs."""
         if hu.ndim != 3 or 0 in hu.shape or len(spacing) != 3 or min(spacing) <= 0:
             raise ValueError(f"a volume [z, y, x] with a positive spacing is needed, not {hu.shape} at {spacing}")
-        tell = progress or (lambda stage, done: None)
-        timings: dict[str, float] = {}
+        with _lap("body", timings):
+            body = find_body(hu, spacing)
         slab = max(1, int(SLAB_MM / spacing[0] + 0.25))
-        grids = {}
+        pixel_mm = self._lungs.pixel_mm * _scale(body)
         with _lap("resample", timings):
-            for pixel_mm in {self._lungs.pixel_mm, self._infection.pixel_mm}:
-                grids[pixel_mm] = _Grid.of(hu, spacing, slab, pixel_mm)
-        grid = grids[self._lungs.pixel_mm]
-        with _lap("lungs", timings):
-            chances = self._lung_chances(grid, tell)
-        with _lap("clean", timings):
-            sides = _clean_lungs(chances, grid.image, grid.spacing)
-        with _lap("infection", timings):
-            chance = self._infection_chance(grids[self._infection.pixel_mm], sides, tell)
-        with _lap("restore", timings):
-            lungs, probability = restore(sides, chance, hu.shape, slab)
-        return Segmentation(lungs, probability, self._threshold, timings, self._calibration)
+            shared = _Grid.of(hu, spacing, slab, self._infection.pixel_mm, body, self._infection.stride)
+            grid = shared if pixel_mm == self._infection.pixel_mm else shared.at(hu, slab, pixel_mm)
+        inside = body.mask(slab, grid.spans, grid.image.shape[1:])
+        sides = self._sides(grid, inside, body, tell, timings)
+        with _lap("pose", timings):
+            label = np.where(sides.max(0) > 0.5, 1 + sides.argmax(0), 0).astype(np.uint8)
+            pose = pose_of(label, grid.image, grid.spacing)
+        if flips := pose.flips:
+            # Once more as networks know patients.
+            stood = replace(grid, image=np.ascontiguousarray(np.flip(grid.image, flips)))
+            again = self._sides(stood, np.flip(inside, flips), body, lambda stage, done: None, timings)
+            sides = np.flip(again, tuple(1 + axis for axis in flips))
+        return slab, shared, _Found(sides, pose.notes)
 
-    def _lung_chances(self, grid: _Grid, tell: Progress) -> NDArray[np.float32]:
-        """Probabilities [2, z, y, x] of right and left lung.
+    def _sides(
+        self, grid: _Grid, inside: NDArray[np.bool_], body: Body, tell: Progress, timings: dict[str, float]
+    ) -> NDArray[np.float32]:
+        """Fields [2, z, y, x] of right and left lung, by place in the image."""
+        with _lap("lungs", timings):
+            chances = self._lung_chances(grid, inside, tell)
+        with _lap("clean", timings):
+            return _clean_lungs(chances, grid.image, grid.spacing, None if body.width_mm is None else inside)
+
+    def _lung_chances(self, grid: _Grid, inside: NDArray[np.bool_], tell: Progress) -> NDArray[np.float32]:
+        """Probabilities [2, z, y, x] of right and left lung: 0 outside the body, where the network sees air alone.
 
         Every other slab is seen first, and of the rest those whose neighbours are unlike; another is their mean.
         """
-        count = len(grid.image)
-        chances = np.empty((2, *grid.image.shape), np.float32)
+        count, stride = len(grid.image), self._lungs.stride
+        chances = np.zeros((2, *grid.image.shape), np.float32)
+        box = _box(inside, (0, 0, 0))
+        if box is None:
+            tell("lungs", 1.0)
+            return chances
+        image = np.where(inside, grid.image, np.float32(_AIR_HU))
+        image = np.pad(image, ((0, 0), (stride, stride), (stride, stride)), constant_values=_AIR_HU)
+        # Whole strides from the body's middle: where it lies in the field makes no difference.
+        y, x = (
+            _on_strides_from(middle, side, stride)
+            for middle, side in zip((np.argwhere(inside.any(0)).mean(0) + 0.5).astype(int), box[1:], strict=True)
+        )
+        plane = slice(y.start + stride, y.stop + stride), slice(x.start + stride, x.stop + stride)
+        height, width = inside.shape[1:]
+        rows_in, columns_in = slice(max(0, y.start), min(height, y.stop)), slice(max(0, x.start), min(width, x.stop))
 
         def look(rows: Sequence[int]) -> None:
-            for row, logits in zip(rows, self._lungs.run(grid.image, rows), strict=True):
-                chances[:, row] = _softmax(logits)[1:]
+            for row, logits in zip(rows, self._lungs.run(image, rows, plane), strict=True):
+                seen = _softmax(logits)[1:, rows_in.start - y.start :, columns_in.start - x.start :]
+                part = chances[:, row, rows_in, columns_in]
+                part[:] = seen[:, : part.shape[1], : part.shape[2]] * inside[row, rows_in, columns_in]
                 tell("lungs", (row + 1) / count)
 
         if 2 * grid.spacing[0] > _LEAP_MM:
@@ -215,19 +271,61 @@ class Segmenter:
 
 
 @dataclass(frozen=True)
+class _Found:
+    """The lungs on the network's grid."""
+
+    #: Fields [2, z, y, x] of right and left lung, over 0.5 within.
+    sides: NDArray[np.float32]
+    #: `Segmentation.notes`.
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class _Grid:
     """The volume as a network sees it."""
 
-    #: HU [z, y, x] in slabs and network pixels.
+    #: HU [z, y, x] in slabs and network pixels, of the patient's box.
     image: NDArray[np.float32]
     #: Size (z, y, x) of a voxel of it, mm.
     spacing: tuple[float, float, float]
+    #: Rows and columns of the volume that it covers.
+    spans: tuple[Span, Span]
 
     @classmethod
-    def of(cls, hu: NDArray[np.int16], spacing: tuple[float, float, float], slab: int, pixel_mm: float) -> _Grid:
-        height, width = (max(1, round(n * s / pixel_mm)) for n, s in zip(hu.shape[1:], spacing[1:], strict=True))
-        pixel = hu.shape[1] * spacing[1] / height, hu.shape[2] * spacing[2] / width
-        return cls(shrink(hu, slab, (height, width)), (spacing[0] * slab, *pixel))
+    def of(
+        cls,
+        hu: NDArray[np.int16],
+        spacing: tuple[float, float, float],
+        slab: int,
+        pixel_mm: float,
+        body: Body,
+        stride: int,
+    ) -> _Grid:
+        """The pixels are those of the whole field, cut out on whole strides, so that a box may move by a few."""
+        spans, matrix, pixel = [], [], []
+        for side, n, mm in zip((body.rows, body.columns), hu.shape[1:], spacing[1:], strict=True):
+            whole = max(1, round(n * mm / pixel_mm))
+            part = _on_strides(slice(side.start * whole // n, -(-side.stop * whole // n)), whole, stride)
+            spans.append((part.start * n / whole, part.stop * n / whole))
+            matrix.append(part.stop - part.start)
+            pixel.append(n * mm / whole)
+        image = shrink(hu, slab, (matrix[0], matrix[1]), (spans[0], spans[1]))
+        return cls(image, (spacing[0] * slab, pixel[0], pixel[1]), (spans[0], spans[1]))
+
+    def at(self, hu: NDArray[np.int16], slab: int, pixel_mm: float) -> _Grid:
+        """The same part of the volume in other pixels."""
+        height, width = (
+            max(1, round(n * mm / pixel_mm)) for n, mm in zip(self.image.shape[1:], self.spacing[1:], strict=True)
+        )
+        pixel = (n * mm / m for n, mm, m in zip(self.image.shape[1:], self.spacing[1:], (height, width), strict=True))
+        return _Grid(shrink(hu, slab, (height, width), self.spans), (self.spacing[0], *pixel), self.spans)
+
+
+def _scale(body: Body) -> float:
+    """How large the network's pixels are beside those of an adult: a child fills as many of them."""
+    if body.width_mm is None:
+        return 1.0
+    return max(_SMALLEST, body.width_mm / _ADULT_MM) if body.width_mm < _SMALL_MM else 1.0
 
 
 def _crumbs(
@@ -330,11 +428,15 @@ def _at_nearest(values: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[
 
 
 def _clean_lungs(
-    chances: NDArray[np.float32], image: NDArray[np.float32], spacing: tuple[float, float, float]
+    chances: NDArray[np.float32],
+    image: NDArray[np.float32],
+    spacing: tuple[float, float, float],
+    body: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.float32]:
     """Fields [2, z, y, x] of right and left lung, over 0.5 within.
 
-    One component a side, its holes filled; strays of one side within the other change sides, free gas goes.
+    One component a side, its holes filled; strays of one side within the other change sides, free gas goes, and so does
+    a lung that is not there but for dust. Where the whole body is known, each lung lies on its side of the midline.
     """
     fields = np.zeros_like(chances)
     any_lung = chances.sum(0)
@@ -347,6 +449,12 @@ def _clean_lungs(
     airways = _airways(label, image[box], spacing)
     label[airways] = 0
     sides = _largest_each(_without_gas(label, image[box], spacing))
+    if body is not None:
+        sides = settled(sides, body[box])
+    ml = [np.count_nonzero(sides == side) * float(np.prod(spacing)) / 1000 for side in (RIGHT, LEFT)]
+    for side, gone in zip((RIGHT, LEFT), absent((ml[0], ml[1])), strict=True):
+        if gone:
+            sides[sides == side] = 0
     any_lung = any_lung[box]
     for index, side in enumerate((RIGHT, LEFT)):
         of_side = sides == side
@@ -473,8 +581,14 @@ def _on_strides(side: slice, size: int, stride: int) -> slice:
     return slice(side.start // stride * stride, min(size, -(-side.stop // stride) * stride))
 
 
+def _on_strides_from(middle: int, side: slice, stride: int) -> slice:
+    """The whole strides, counted from a pixel, in which a side of a box lies; less than a stride beyond the image."""
+    start = side.start - (side.start - middle) % stride
+    return slice(start, start - (start - side.stop) // stride * stride)
+
+
 @contextmanager
 def _lap(stage: str, timings: dict[str, float]) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    timings[stage] = round(time.perf_counter() - start, 3)
+    timings[stage] = round(timings.get(stage, 0.0) + time.perf_counter() - start, 3)

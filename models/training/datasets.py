@@ -16,6 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from models.phantom.phantom import phantom
+from models.training.thorax import FINDINGS
 
 #: Pixel size of every slice, and of the networks.
 PIXEL_MM = 1.5
@@ -118,9 +119,12 @@ def covid_seg_20(slices: Path) -> list[Patient]:
 
 
 def medseg_9(slices: Path) -> list[Patient]:
-    """Whole volumes of MedSeg / Radiopaedia in a lung window: neck and abdomen too, so most slices are empty."""
+    """Whole volumes of MedSeg / Radiopaedia in a lung window: neck and abdomen too, so most slices are empty.
+
+    Three patients to test on: nothing is trained or chosen on them.
+    """
     patients = []
-    for path in sorted((slices / "medseg-9").glob("*.npz")):
+    for path in sorted((slices / "medseg-9").glob("volume_[125].npz")):
         with np.load(path, allow_pickle=False) as data:
             # All are stored mirrored (the liver at high x), volume 1 from the neck downwards.
             step = -1 if path.stem == "volume_1" else 1
@@ -128,6 +132,26 @@ def medseg_9(slices: Path) -> list[Patient]:
             name = f"medseg_{path.stem}"
             licence = f"{CC_BY_NC_SA} 3.0"
             patients.append(_patient(name, "medseg-9", licence, _to_hu(ct, lung, infection), lung, infection, 1.37))
+    return patients
+
+
+def radiopaedia(slices: Path) -> list[Patient]:
+    """Two patients of Radiopaedia with much pneumonia, to learn from: the fourth of MedSeg, and the one not among them.
+
+    A set that is not there is left out: it came later than the others.
+    """
+    patients = []
+    for path in (slices / "medseg-9" / "volume_4.npz", slices / "radiopaedia-14" / "radiopaedia_14.npz"):
+        if not path.is_file():
+            continue
+        with np.load(path, allow_pickle=False) as data:
+            shown = np.flatnonzero(data["has_lung"] if "has_lung" in data else np.ones(len(data["ct"]), bool))
+            ct, lung, infection = (data[name][shown] for name in ("ct", "lung", "infection"))
+            hu = _to_hu(ct, lung, infection)
+            licence = f"{CC_BY_NC_SA} 3.0"
+            patients.append(
+                _patient(f"radiopaedia_{path.stem}", "radiopaedia", licence, hu, lung, infection, 1.37, "train")
+            )
     return patients
 
 
@@ -206,6 +230,26 @@ def phantoms(seeds: Sequence[int], *, slices: int = 28, severity: int | None = N
         patients.append(
             _patient(name, "phantom", "own", drawn.hu.astype(np.float32), drawn.lungs, drawn.infection, pixel)
         )
+    return patients
+
+
+def changed_phantoms(seeds: Sequence[int], *, slices: int = 20) -> list[Patient]:
+    """Phantoms with a finding of `thorax` each, in wide fields of view, every third the size of a child."""
+    patients = []
+    names, chances = list(FINDINGS), np.array([chance for chance, _ in FINDINGS.values()])
+    for seed in seeds:
+        rng = np.random.default_rng([seed, 2])
+        drawn = phantom(
+            seed,
+            shape=(slices, 256, 320),
+            spacing=(330 / slices, 1.5, 1.5),
+            severity=(0, 0, 2, 3)[seed % 4],
+            extras=None,
+            findings=[str(rng.choice(names, p=chances / chances.sum()))],
+        )
+        size = rng.uniform(0.45, 0.8) if seed % 3 == 0 else 1.0
+        hu, pixel = drawn.hu.astype(np.float32), size * drawn.spacing[2]
+        patients.append(_patient(f"changed_{seed}", "changed", "own", hu, drawn.lungs, drawn.infection, pixel))
     return patients
 
 

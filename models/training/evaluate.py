@@ -27,7 +27,7 @@ from models.registry import Bundle
 from models.training import datasets
 from models.training.datasets import Patient
 from models.training.sampling import HU_RANGE, Task
-from models.training.train import PLANS, TEST_PHANTOMS, VALIDATION_PHANTOMS, learners, patients_of
+from models.training.train import PLANS, TEST_CHANGED, TEST_PHANTOMS, VALIDATION_PHANTOMS, learners, patients_of
 
 #: Thresholds that are tried.
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -340,7 +340,10 @@ def held_out(task: Task, data: Path, seed: int) -> tuple[list[Patient], list[Pat
     validation, test = (
         [p for p in part if p.source in sources and p.id not in learned] for part in (parts.validation, parts.test)
     )
-    return validation + datasets.phantoms(VALIDATION_PHANTOMS), test + outside + datasets.phantoms(TEST_PHANTOMS)
+    drawn = datasets.phantoms(TEST_PHANTOMS)
+    if task == "lungs":
+        drawn += datasets.changed_phantoms(TEST_CHANGED)
+    return validation + datasets.phantoms(VALIDATION_PHANTOMS), test + outside + drawn
 
 
 def cases_of(task: Task, bundle: Bundle, patients: Sequence[Patient]) -> Iterator[Case]:

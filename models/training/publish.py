@@ -54,7 +54,9 @@ _SETS = {
     "medseg-9": "MedSeg / Radiopaedia, three patients, CC BY-NC-SA 3.0",
     "semiseg": "COVID-SemiSeg, the published split (Fan et al. 2020), images of SIRM, licence not stated",
     "finding-lungs": "Kaggle 'Finding lungs in CT data', one slice a scan, licence not stated",
+    "radiopaedia": "Radiopaedia, two patients with much pneumonia, one of them the fourth of MedSeg, CC BY-NC-SA 3.0",
     "phantom": "procedural phantoms of models/training/phantom.py, own",
+    "changed": "the same with lobes or lungs without air, fluid, gas, or one lung (models/training/thorax.py), own",
 }
 
 _TASKS: dict[Task, dict[str, Any]] = {

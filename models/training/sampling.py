@@ -23,11 +23,14 @@ from monai.transforms.intensity.dictionary import (
 from monai.transforms.spatial.dictionary import RandAffined
 from monai.transforms.transform import RandomizableTransform
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from models.training import datasets
+from models.phantom.grid import Grid
+from models.training import datasets, surroundings
 from models.training.datasets import Patient
+from models.training.thorax import FINDINGS
 
 Task = Literal["lungs", "infection"]
 
@@ -67,7 +70,7 @@ class Slices(IterableDataset[tuple[Tensor, Tensor]]):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         worker = get_worker_info()
         rng = np.random.default_rng([*np.atleast_1d(self.seed), 0 if worker is None else worker.id])
-        augment = _augmentation(self.crop)
+        augment = _augmentation(self.crop, wide=self.task == "lungs")
         augment.set_random_state(int(rng.integers(1 << 31)))
         names = list(self.sources)
         share = self.shares / self.shares.sum()
@@ -77,13 +80,16 @@ class Slices(IterableDataset[tuple[Tensor, Tensor]]):
             index = self._slice(rng, patient)
             target = self._target(patient, index)
             hu = self._image(rng, patient, index)
-            if self.task == "lungs" and rng.random() < 0.3:
-                hu = np.where(datasets.body(patient.hu[index]), hu, -1000.0).astype(np.float32)
+            if self.task == "lungs":
+                hu, target = _elsewhere(rng, hu, target, disease=patient.source != "changed")
             if rng.random() < 0.5:
                 hu, target = hu[..., ::-1], target[:, ::-1]
                 if self.task == "lungs":
                     target = np.array([0, 2, 1], np.uint8)[target]
-            hu, target = _crop(rng, hu, target, _window(patient, index), self.crop)
+            if self.task == "lungs":
+                hu, target = _crop(rng, hu, target, _middle(target), self.crop, _AWAY[rng.choice(3, p=_AWAY_CHANCE)])
+            else:
+                hu, target = _crop(rng, hu, target, _window(patient, index), self.crop)
             item = augment({"image": torch.from_numpy(normalise(hu)), "target": torch.from_numpy(target)[None]})
             image = item["image"].as_tensor().float().clamp(-1, 1)
             yield image, item["target"].as_tensor().float()
@@ -137,15 +143,60 @@ class _ScannerVariety(RandomizableTransform):
         return item
 
 
-def _augmentation(crop: int) -> Compose:
+#: Slices of lungs are cut out up to so far from their middle, of the crop's side, and how often.
+_AWAY, _AWAY_CHANCE = (0.06, 0.2, 0.4), (0.6, 0.3, 0.1)
+
+#: Pixels of air put around a slice of lungs, for arms and couch.
+_RIM = 64
+
+
+def _elsewhere(
+    rng: np.random.Generator, hu: NDArray[np.float32], target: NDArray[np.uint8], *, disease: bool
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """A slice [1, y, x] of lungs as another hospital has it: what changes a whole lung, arms, couch, and air around.
+
+    Half of them as the network sees them at inference, all air outside the body alike.
+    """
+    pixel = datasets.PIXEL_MM
+    hu = np.pad(hu, ((0, 0), (_RIM, _RIM), (_RIM, _RIM)), constant_values=-1000.0)
+    lungs = np.pad(target, _RIM)[None].copy()
+    if disease and (lungs > 0).sum() > 1000 and rng.random() < 0.35:
+        fine = ndimage.gaussian_filter(rng.standard_normal(hu.shape).astype(np.float32), (0, 0.8, 0.8)) * 2.5
+        grid = Grid((1, *hu.shape[1:]), (2.5, pixel, pixel), (0.0, -pixel * hu.shape[1] / 2, -pixel * hu.shape[2] / 2))
+        names = list(FINDINGS)
+        chances = np.array([FINDINGS[name][0] for name in names])
+        FINDINGS[names[rng.choice(len(names), p=chances / chances.sum())]][1](rng, grid, hu, lungs, fine)
+    body = datasets.body(hu[0])[None]
+    # Lung beyond the edge of the image opens the body; it is within all the same.
+    body |= lungs > 0
+    inside = ndimage.binary_dilation(body, iterations=int(rng.integers(1, 4)))
+    if rng.random() < 0.3:
+        hu = np.where(inside, hu, -1000.0).astype(np.float32)
+    before = hu.copy()
+    if rng.random() < 0.35:
+        surroundings.add_arms(rng, hu, body, pixel, up=False)
+    arms = hu != before
+    if rng.random() < 0.35:
+        surroundings.add_couch(rng, hu, body | arms, pixel)
+    if rng.random() < 0.25:
+        surroundings.add_clutter(rng, hu, body | arms, pixel)
+    if rng.random() < 0.3:
+        surroundings.add_dirty_air(rng, hu, body | arms)
+    if rng.random() < 0.5:
+        kept = inside | arms if rng.random() < 0.7 else inside
+        hu = np.where(kept, hu, -1000.0).astype(np.float32)
+    return hu, lungs[0]
+
+
+def _augmentation(crop: int, *, wide: bool = False) -> Compose:
     """Pose, then what carries CLAHE and lung windows to plain HU: monotone curves, gamma, gain, offset, blur, noise."""
     return Compose(
         [
             RandAffined(
                 keys=("image", "target"),
                 prob=0.8,
-                rotate_range=0.17,
-                scale_range=(0.18, 0.18),
+                rotate_range=0.35 if wide else 0.17,
+                scale_range=(0.3, 0.3) if wide else (0.18, 0.18),
                 shear_range=(0.05, 0.05),
                 translate_range=12,
                 spatial_size=(crop, crop),
@@ -171,16 +222,25 @@ def _window(patient: Patient, index: int) -> tuple[float, float]:
     return patient.hu.shape[1] / 2, patient.hu.shape[2] / 2
 
 
+def _middle(lungs: NDArray[np.uint8]) -> tuple[float, float]:
+    """Centre (y, x) of the lungs in a slice, or of the slice."""
+    if not lungs.any():
+        return lungs.shape[0] / 2, lungs.shape[1] / 2
+    rows, columns = (np.flatnonzero(lungs.any(axis)) for axis in (1, 0))
+    return (rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2
+
+
 def _crop(
     rng: np.random.Generator,
     hu: NDArray[np.float32],
     target: NDArray[np.uint8],
     centre: tuple[float, float],
     size: int,
+    away: float = 0.06,
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Cut a square about the centre, or pad with air."""
+    """Cut a square about the centre or up to a part of its side away, or pad with air."""
     images = np.full((len(hu), size, size), -1024.0, np.float32), np.zeros((size, size), np.uint8)
-    low = [round(c + rng.uniform(-0.06, 0.06) * size) - size // 2 for c in centre]
+    low = [round(c + rng.uniform(-away, away) * size) - size // 2 for c in centre]
     here = tuple(slice(max(o, 0), min(o + size, n)) for o, n in zip(low, target.shape, strict=True))
     there = tuple(slice(s.start - o, s.stop - o) for s, o in zip(here, low, strict=True))
     images[0][:, *there], images[1][there] = hu[:, *here], target[here]

@@ -108,7 +108,7 @@ PLANS: dict[Task, Plan] = {
         crop=256,
         batch=8,
         learning_rate=2e-3,
-        shares={"finding-lungs": 0.30, "covid-seg-20": 0.30, "medseg-9": 0.15, "phantom": 0.25},
+        shares={"finding-lungs": 0.30, "covid-seg-20": 0.30, "radiopaedia": 0.10, "phantom": 0.12, "changed": 0.18},
         int8=True,
     ),
     "infection": _INFECTION,
@@ -125,8 +125,11 @@ WARM_UP_STEPS = 200
 
 #: Seeds of the phantoms to learn from; those to validate and test on lie elsewhere.
 TRAINING_PHANTOMS = range(1000, 1048)
+CHANGED_PHANTOMS = range(1100, 1220)
 VALIDATION_PHANTOMS = range(2000, 2008)
 TEST_PHANTOMS = range(3000, 3012)
+#: Those with a finding of `thorax`, to test the lungs on.
+TEST_CHANGED = range(3100, 3112)
 
 
 def patients_of(task: Task, data: Path) -> list[Patient]:
@@ -134,7 +137,7 @@ def patients_of(task: Task, data: Path) -> list[Patient]:
     slices = data / "slices"
     patients = datasets.covid_seg_20(slices) + datasets.medseg_9(slices)
     if task == "lungs":
-        return patients + datasets.finding_lungs(slices)
+        return patients + datasets.finding_lungs(slices) + datasets.radiopaedia(slices)
     return patients + datasets.semiseg(slices) + datasets.healthy_finding_lungs(slices)
 
 
@@ -144,18 +147,21 @@ def train(
     """Train on the public data that the task may learn from and on phantoms; see `fit`."""
     patients = learners(task, patients_of(task, data), seed)
     drawn = datasets.phantoms(TRAINING_PHANTOMS, slices=20)
+    if task == "lungs":
+        drawn += datasets.changed_phantoms(CHANGED_PHANTOMS)
     return fit(task, [*patients, *drawn], out, seed=seed, steps=steps, minutes=minutes)
 
 
 def learners(task: Task, patients: Sequence[Patient], seed: int) -> list[Patient]:
     """Real patients to learn from.
 
-    Lungs: the training part of the split. Infection: all ten of covid-seg-20, whose held-out figures come from
-    cross-validation (`crossvalidate`), and the training part of the sets of single slices; medseg-9 stays outside.
+    Lungs: the training part of the split, but for medseg-9. Infection: all ten of covid-seg-20, whose held-out figures
+    come from cross-validation (`crossvalidate`), and the training part of the sets of single slices. For both medseg-9
+    stays outside.
     """
     part = datasets.split(patients, seed).train
     if task == "lungs":
-        return list(part)
+        return [patient for patient in part if patient.source in PLANS[task].shares]
     whole = [patient for patient in patients if patient.source == "covid-seg-20"]
     return whole + [patient for patient in part if patient.source in ("semiseg", "finding-lungs")]
 

@@ -89,6 +89,7 @@ class Segmented:
     threshold: float = 0.5
     timings: dict[str, float] = field(default_factory=lambda: {"lungs": 0.25})
     calibration: None = None
+    notes: tuple[str, ...] = ()
 
 
 X, Y, Z = np.eye(3)
@@ -193,10 +194,11 @@ def test_a_missing_lung_is_noted(tmp_path):
         def __call__(self, hu, spacing, progress=None):
             segmented = super().__call__(hu, spacing, progress)
             segmented.lungs[segmented.lungs == LEFT] = 0
+            segmented.notes = ("Check right and left.",)
             return segmented
 
     _, findings = analyse(write_patient(tmp_path, X, Y), OneLung())
-    assert findings.notes == ("No left lung was found.",)
+    assert findings.notes == ("Check right and left.", "No left lung was found.")
     assert findings.left.volume_ml == 0
 
 

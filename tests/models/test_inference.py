@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
+from scipy import ndimage
 
+from models.body import find_body
 from models.phantom.phantom import Phantom, phantom
 from models.registry import load_bundle
 from models.segmenter import inference
@@ -19,8 +23,10 @@ from models.segmenter.inference import (
     _crumbs,
     _largest_each,
     _on_strides,
+    _on_strides_from,
     _without_gas,
 )
+from models.training import robustness
 
 #: Honest floors on phantoms of 40 to 72 slices; the held-out figures are in the bundles' cards.
 LUNG_DICE, SIDE_DICE = 0.90, 0.88
@@ -93,7 +99,9 @@ def test_lungs_between_slabs_that_are_alike_are_those_that_the_network_would_see
     assert drawn.spacing[0] < 3
     seen: list[int] = []
     run = segmenter._lungs.run
-    monkeypatch.setattr(segmenter._lungs, "run", lambda image, rows: seen.extend(rows) or run(image, rows))
+    monkeypatch.setattr(
+        segmenter._lungs, "run", lambda image, rows, plane: seen.extend(rows) or run(image, rows, plane)
+    )
 
     some = segmenter(drawn.hu, drawn.spacing)
     slabs = len(seen)
@@ -111,6 +119,57 @@ def test_lungs_between_slabs_that_are_alike_are_those_that_the_network_would_see
 def test_mirrored_volumes_swap_sides(segmenter: Segmenter, diseased: Phantom) -> None:
     found = segmenter(np.ascontiguousarray(diseased.hu[:, :, ::-1]), diseased.spacing)
     assert dice(found.lungs == LEFT, diseased.lungs[:, :, ::-1] == RIGHT) > SIDE_DICE
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_a_wide_field_and_a_couch_change_nothing(segmenter: Segmenter, front: bool) -> None:
+    drawn = phantom(4001, shape=(40, 160, 160), severity=0)
+    before = robustness.litres(segmenter.lungs(drawn.hu, drawn.spacing), drawn.spacing)
+    wide = robustness.padded(drawn.hu, drawn.spacing, 650, (0, 100))
+    after = robustness.litres(
+        segmenter.lungs(robustness.with_couch(wide, drawn.spacing, front=front), drawn.spacing), drawn.spacing
+    )
+    assert after == pytest.approx(before, rel=robustness.TOLERANCE)
+
+
+def test_a_prone_patient_called_supine_keeps_the_sides(segmenter: Segmenter, diseased: Phantom) -> None:
+    turned = np.ascontiguousarray(diseased.hu[:, ::-1, ::-1])
+    found = segmenter(turned, diseased.spacing)
+    assert dice(found.lungs == LEFT, diseased.lungs[:, ::-1, ::-1] == LEFT) > SIDE_DICE
+    assert len(found.notes) == 1
+    assert found.notes[0].startswith("Right and left follow the anatomy")
+
+
+def test_a_child_is_an_adult_in_smaller_pixels(segmenter: Segmenter) -> None:
+    drawn = phantom(4103, shape=(40, 160, 160), severity=0)
+    wide = robustness.padded(drawn.hu, drawn.spacing, 1.1 * 160 * drawn.spacing[1])
+    spacing = (0.5 * drawn.spacing[0], 0.5 * drawn.spacing[1], 0.5 * drawn.spacing[2])
+    truth = robustness.litres(drawn.lungs, spacing)
+    assert robustness.litres(segmenter.lungs(wide, spacing), spacing) == pytest.approx(truth, rel=0.08)
+
+
+def test_nothing_outside_the_body_is_lung(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = phantom(4001, shape=(16, 96, 96), severity=0)
+    wide = robustness.padded(drawn.hu, drawn.spacing, 650)
+
+    def everywhere(image: np.ndarray, rows: list[int], plane: tuple[slice, slice]) -> Iterator[np.ndarray]:
+        for row in rows:
+            shape = image[row][plane].shape
+            yield np.stack([np.zeros(shape), *np.full((2, *shape), 9.0)]).astype(np.float32)
+
+    monkeypatch.setattr(segmenter._lungs, "run", everywhere)
+    found = segmenter.lungs(wide, drawn.spacing) > 0
+    assert found.any()
+    body = find_body(wide, drawn.spacing).mask(1, ((0, wide.shape[1]), (0, wide.shape[2])), wide.shape[1:])
+    assert not (found & ~ndimage.binary_dilation(body, iterations=2)).any()
+
+
+def test_specks_of_a_lung_that_is_not_there_go(segmenter: Segmenter) -> None:
+    drawn = phantom(4001, shape=(40, 128, 128), severity=0)
+    half = np.ascontiguousarray(drawn.hu[:, :, : 5 + int(np.flatnonzero((drawn.lungs == LEFT).any((0, 1)))[0])])
+    ml = robustness.litres(segmenter.lungs(half, drawn.spacing), drawn.spacing)
+    assert ml["right"] > 0.5
+    assert ml["left"] == 0
 
 
 def test_air_and_noise_have_no_lungs(segmenter: Segmenter) -> None:
@@ -192,6 +251,14 @@ def test_a_lesion_has_a_volume_and_more_than_one_thin_slab() -> None:
     assert np.array_equal(_crumbs(positive, (5.0, 1.5, 1.5), 100.0, 3.0), one)
     assert not _crumbs(positive, spacing, 0.0, 0.0).any()
     assert not _crumbs(np.zeros_like(positive), spacing, 100.0, 3.0).any()
+
+
+@given(st.integers(0, 400), st.integers(1, 300), st.integers(0, 600), st.sampled_from([16, 32]))
+def test_a_window_lies_on_strides_from_a_pixel(start: int, length: int, middle: int, stride: int) -> None:
+    window = _on_strides_from(middle, slice(start, start + length), stride)
+    assert window.start <= start < start + length <= window.stop
+    assert start - window.start < stride > window.stop - start - length
+    assert (window.start - middle) % stride == (window.stop - window.start) % stride == 0
 
 
 @given(st.integers(1, 600), st.data())

@@ -94,7 +94,7 @@ def analyse(
         scan=scan,
         models=tuple(segmenter.identities),
         timings=timings | {f"segment: {stage}": s for stage, s in segmentation.timings.items()},
-        notes=_notes(segmentation.lungs, spacing),
+        notes=(*segmentation.notes, *_notes(segmentation.lungs, spacing)),
         calibrated=calibration is not None,
     )
 
