@@ -11,9 +11,9 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from node.delivery import superseding
 from node.images.headers import first_header
 from node.installation import Node
+from node.ledger import superseding
 from node.ledger.store import Analysis, Delivery, Lease, Object, Series, State
 from node.paths import valid_uid, within
 from node.results import makers

@@ -25,7 +25,6 @@ import pytest
 
 from node.cli import render
 from node.delivery import outbox as outbox_module
-from node.delivery import peer as peer_module
 from node.installation import LEDGER, Node
 from node.intake import closing
 from node.intake.assembly import ClosedSeries
@@ -33,6 +32,10 @@ from node.intake.verdict import Verdict
 from node.ledger import store as ledger_module
 from node.ledger.store import Ledger
 from node.methods import registry
+from node.network import associations
+from node.network.settings import configure
+
+configure()
 
 # A machine that is busy with other work is no reason to fail.
 hypothesis.settings.register_profile("lungnode", deadline=None)
@@ -134,7 +137,7 @@ def results(tmp_path: Path) -> Path:
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Waits of the delivery that a test has time for."""
     monkeypatch.setattr(outbox_module, "LINGER_S", 0.0)
-    monkeypatch.setattr(peer_module, "TIMEOUT_S", 2.0)
+    monkeypatch.setattr(associations, "TIMEOUT_S", 2.0)
     monkeypatch.setattr(ledger_module, "backoff_s", lambda _work, attempts: 0.05 * attempts)
     yield
     gc.collect()  # sockets that pynetdicom dropped, while the test's filter of warnings is in force

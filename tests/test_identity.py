@@ -19,11 +19,11 @@ from pydicom.filereader import read_file_meta_info
 from raw_peer import RawPeer, request, store
 
 from node.config import Peer
-from node.delivery.peer import PeerError, echo
 from node.intake.assembly import Assembly
 from node.intake.listener import Listener, ListenerOptions
 from node.intake.series_count import count_instances
 from node.intake.spool import Spool
+from node.network.associations import PeerError, echo
 from node.results.makers import not_analysed
 
 Identity = tuple[str, str]

@@ -14,11 +14,12 @@ from rich.progress import Progress
 
 from node.analysis import run
 from node.config import Settings
+from node.images.elements import HeaderError
+from node.images.received import ReceivedFile
 from node.images.volume import Volume, VolumeError
 from node.intake.assembly import Assembly, AssociationId, ClosedSeries
-from node.intake.header import HeaderError, InstanceHeader, read_header
-from node.intake.received import ReceivedFile
-from node.intake.spool import Stored
+from node.intake.header import InstanceHeader, read_header
+from node.intake.part import Stored
 from node.methods import registry
 from node.methods.outcome import Outcome, plain
 from node.paths import InvalidUIDError, valid_uid, within

@@ -23,8 +23,8 @@ from sqlalchemy import ScalarResult, delete, select, update
 from sqlalchemy.orm import Session
 
 from node.config import Peer, Settings
-from node.delivery.peer import NobodyThereError, PeerError, answering_association, hexadecimal, status_of
 from node.ledger.store import Commitment, Delivery, Ledger, Object, backoff_s, free
+from node.network.associations import NobodyThereError, PeerError, answering_association, hexadecimal, status_of
 from node.telemetry.logs import plainly
 from node.text import UID as UID_FORM
 

@@ -22,10 +22,11 @@ from sqlalchemy import select, update
 
 from node.config import Peer
 from node.delivery import commitment, fallback
-from node.delivery.peer import MAX_CONTEXTS, ByAssociation, Outgoing, PeerError, association, contexts_for
+from node.delivery.peer import ByAssociation, Outgoing, contexts_for
 from node.delivery.stow import ByStow
-from node.intake.header import HeaderError
+from node.images.elements import HeaderError
 from node.ledger.store import Analysis, Delivery, Lease, Ledger, LineLease, Object, Series, State, free
+from node.network.associations import MAX_CONTEXTS, PeerError, association
 from node.paths import UnsafePathError, within
 from node.results.forms import STOPPED
 from node.telemetry.logs import plainly

@@ -17,7 +17,7 @@ import structlog
 from sqlalchemy import delete, select
 
 from node.config import Settings
-from node.intake.spool import ASIDE, ATTEMPTS, END, SENDER, files
+from node.files.series_folder import ASIDE, ATTEMPTS, END, SENDER, files
 from node.ledger.store import SET_ASIDE, Commitment, Ledger, Series
 from node.paths import within
 from node.text import UID

@@ -20,7 +20,8 @@ from typing import Literal
 import structlog
 
 from node.intake.header import InstanceHeader
-from node.intake.spool import Adoption, Stored
+from node.intake.part import Stored
+from node.intake.spool import Adoption
 from node.intake.stack import FEWEST, GAP_STEPS, Tiling, count_reached, numbers_missing, tile
 from node.telemetry.logs import plainly
 

@@ -1,4 +1,4 @@
-"""Where intake meets the ledger: the listener of an installation, and what is owed for a series that it closed."""
+"""Where intake meets the ledger: the listener of an installation, and the analyses due for a series that it closed."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 from pydicom import Dataset
+from pynetdicom.presentation import PresentationContext
 from sqlalchemy import case, func, select
 from sqlalchemy.exc import OperationalError
 
 from node.config import Route
-from node.delivery import commitment, superseding
+from node.files.series_folder import attempts, begin_attempt, end_attempt
 from node.images.headers import first_header
 from node.installation import Node
 from node.intake.assembly import Assembly, AssociationId, ClosedSeries, Conflict
 from node.intake.listener import Listener, ListenerOptions
 from node.intake.series_count import Counter
-from node.intake.spool import Spool, attempts, begin_attempt, end_attempt
+from node.intake.spool import Spool
 from node.intake.verdict import Verdict
+from node.ledger import superseding
 from node.ledger.store import SET_ASIDE, Analysis, Series
 from node.telemetry import logs
 
@@ -53,8 +56,31 @@ Dispatch = Callable[[Iterable[int]], None]
 _LOCKS: list[int] = []
 
 
-def intake(here: Node, accepts: Accepts, dispatch: Dispatch) -> Listener:
-    """The listener of this installation, ready to start, with what was open when the last one ended."""
+def intake(
+    here: Node,
+    accepts: Accepts,
+    dispatch: Dispatch,
+    *,
+    contexts: Sequence[PresentationContext] = (),
+    handlers: Sequence[tuple[Any, ...]] = (),
+    reporters: Collection[str] = (),
+) -> Listener:
+    """The listener of this installation, ready to start, with what was open when the last one ended.
+
+    Parameters
+    ----------
+    accepts, dispatch
+        Of the stages that come after intake.
+    contexts, handlers
+        Of further services that answer at the same address, as `Listener` takes them.
+    reporters
+        AE titles that may open an association for one of these services without being a sender.
+
+    Raises
+    ------
+    OSError
+        Another listener works on this installation.
+    """
     me = here.settings.listener
     # Two listeners on one spool would clear away each other's half-written files. The lock goes with the process.
     lock = os.open(here.settings.data / "listener.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
@@ -79,7 +105,7 @@ def intake(here: Node, accepts: Accepts, dispatch: Dispatch) -> Listener:
     )
     _take_up(here, spool, assembly)
     senders = {peer.ae_title for peer in here.settings.peers_that_may("send").values()}
-    senders |= commitment.reporters(here.settings)
+    senders |= set(reporters)
     options = ListenerOptions(
         ae_title=me.ae_title,
         host=me.host,
@@ -89,7 +115,6 @@ def intake(here: Node, accepts: Accepts, dispatch: Dispatch) -> Listener:
         transport=me.transport,
         addresses=here.settings.peer_addresses(here.settings.data / "addresses.json"),
     )
-    contexts, handlers = commitment.services(here.ledger, here.settings)
     return Listener(options, spool, assembly, contexts=contexts, handlers=handlers, stopped=counter.stop)
 
 

@@ -28,9 +28,11 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # m
 from pynetdicom.transport import AssociationServer
 
 from node.identity import application_entity
+from node.images.elements import HeaderError
 from node.intake.assembly import Assembly, AssociationId, Ending
-from node.intake.header import HeaderError, InstanceHeader, read_header
-from node.intake.spool import Part, Spool, SpoolFullError
+from node.intake.header import InstanceHeader, read_header
+from node.intake.part import Part, SpoolFullError
+from node.intake.spool import Spool
 from node.intake.transport import (
     DIRECT,
     MAXIMUM_PDU,

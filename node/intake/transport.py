@@ -34,8 +34,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
-import pydicom
-from pynetdicom import AE, _config, evt
+from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dul import DULServiceProvider
@@ -46,12 +45,6 @@ from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHa
 from node.network.addresses import group, shown
 from node.telemetry.quota import LogQuota
 from node.text import ae_title
-
-# What takes 40 % of the time of a negotiation and is for nothing here: accounts of each PDU for a log that we do not
-# write, warnings of values unlike their VR, which we do not show, and the same few UIDs checked again and again.
-_config.LOG_HANDLER_LEVEL = "none"
-pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-_config.VALIDATORS["UI"] = functools.lru_cache(1024)(_config.VALIDATORS["UI"])
 
 Transport = Literal["direct", "stock"]
 DIRECT: Final = "direct"

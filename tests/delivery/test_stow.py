@@ -25,9 +25,10 @@ from sqlalchemy import select
 
 from node.config import ConfigError, Peer, Settings, Stow, parse
 from node.delivery import stow as stow_module
-from node.delivery.peer import Outgoing, PeerError
+from node.delivery.peer import Outgoing
 from node.delivery.stow import ByStow, credentials_in_the_clear, credentials_variable
 from node.ledger.store import Delivery, Ledger, Line
+from node.network.associations import PeerError
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 

@@ -25,7 +25,8 @@ from made_instances import SERIES, STUDY, dataset, dataset_bytes, encoded
 from raw_peer import RELEASE, RawPeer, pdu, pdv, request, store, store_command
 from test_listener import Node
 
-from node.intake.header import HeaderError, read_header
+from node.images.elements import HeaderError
+from node.intake.header import read_header
 from node.intake.transport import DIRECT, STOCK
 
 pytestmark = pytest.mark.timeout(300)

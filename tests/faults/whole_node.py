@@ -25,9 +25,10 @@ from models.phantom.phantom import Phantom, phantom
 from node.cli import render
 from node.cli.render import deliveries
 from node.config import Peer
-from node.delivery.peer import Outgoing, PeerError, association, contexts_for, store
+from node.delivery.peer import Outgoing, contexts_for, store
 from node.images.phantom_series import write_series
 from node.ledger.store import Ledger, Series
+from node.network.associations import PeerError, association
 
 KINDS = ["infection-seg", "lung-seg", "sr", "capture"]
 

@@ -24,7 +24,7 @@ from node.intake.assembly import (
     Ending,
 )
 from node.intake.header import InstanceHeader
-from node.intake.spool import Stored
+from node.intake.part import Stored
 from node.intake.stack import GAP_STEPS
 
 QUIET, GRACE = 30.0, 2.0

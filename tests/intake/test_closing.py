@@ -16,6 +16,7 @@ from test_spool import store
 from node.cli import render
 from node.config import Settings
 from node.files import retention
+from node.files.series_folder import ATTEMPTS, attempts
 from node.installation import LEDGER, Node
 from node.intake import assembly as assembly_module
 from node.intake import closing
@@ -23,7 +24,8 @@ from node.intake import spool as spool_module
 from node.intake.assembly import RETRY_S, Assembly, AssociationId
 from node.intake.header import InstanceHeader
 from node.intake.listener import Listener
-from node.intake.spool import ATTEMPTS, Spool, Stored, attempts
+from node.intake.part import Stored
+from node.intake.spool import Spool
 from node.intake.stack import Tiling
 from node.ledger.store import Series
 

@@ -18,9 +18,10 @@ from test_spool import store as keep
 from node.cli import render
 from node.config import Settings
 from node.files.retention import drop_old
+from node.files.series_folder import SENDER
 from node.intake import closing
 from node.intake.listener import Listener
-from node.intake.spool import SENDER, Spool
+from node.intake.spool import Spool
 from node.ledger.store import Series
 from node.tasks import Node
 
