@@ -45,10 +45,6 @@ MOST_ELEMENTS = 1 << 22
 FEW_ELEMENTS = 1 << 17
 BYTES_AN_ELEMENT = 8
 
-#: Bytes as sent that each frame takes at least, its pixels and functional groups together. A header that counts more
-#: frames than there is room for is a bomb, and the places of its frames are not kept.
-BYTES_A_FRAME = 64
-
 #: Values of undefined length in one another; nothing that is real comes near, and each takes memory to get out of.
 DEEPEST_SKIPPED = 1 << 18
 
@@ -156,17 +152,13 @@ class Walk:
         self._end = len(data)
         self._whole = whole
         self._size = size
-        self._sent = sent
+        self.sent = sent
         #: Elements that may still be visited.
         self.left = min(MOST_ELEMENTS, FEW_ELEMENTS + sent // BYTES_AN_ELEMENT)
         prefix = ">" if order == "big" else "<"
         self._tag = struct.Struct(prefix + "HH").unpack_from
         self._length16 = struct.Struct(prefix + "H").unpack_from
         self._length32 = struct.Struct(prefix + "L").unpack_from
-
-    def has_room_for(self, frames: int) -> bool:
-        """Whether so many frames can be in what was sent."""
-        return frames * BYTES_A_FRAME <= self._sent
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes of the data set."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
@@ -215,7 +216,7 @@ class ReceivedFile:
             _require_room(size if length == UNDEFINED else length, most)
             with open(self._file, "rb", closefd=False) as file:
                 file.seek(self.pixels_at)
-                return self._parsed(file)
+                return self._parsed(file, size)
         except struct.error:
             raise HeaderError("the file ends within its pixel data") from None
 
@@ -244,21 +245,33 @@ class ReceivedFile:
             _require_room(end - value, most)
             if end > len(inflated):
                 inflated, _, _ = inflate(self.dataset, end, end)
-        return self._parsed(BytesIO(inflated[pixels:end]))
+        return self._parsed(BytesIO(inflated[pixels:end]), end - pixels)
 
-    def _parsed(self, file: BytesIO | object) -> Dataset:
-        """The first element from here on, by pydicom."""
+    def _parsed(self, file: BinaryIO, size: int) -> Dataset:
+        """The first element from here on, which is no sequence, by pydicom."""
         seen: list[int] = []
 
         def after_one(tag: int, _vr: object, _length: int) -> bool:
             seen.append(tag)
             return len(seen) > 1
 
-        return read_dataset(file, not self._explicit, self._order == "little", stop_when=after_one)  # type: ignore[arg-type]
+        return self._dataset(file, 1, size, after_one)
+
+    def _dataset(
+        self, file: BinaryIO, elements: int, size: int, stop_when: Callable[[int, str | None, int], bool] | None = None
+    ) -> Dataset:
+        """What pydicom makes of so many elements and items; raises `TooLargeError` where it finds more."""
+        reader = _Reader(file, elements, size)
+        try:
+            return read_dataset(reader, not self._explicit, self._order == "little", stop_when=stop_when)  # type: ignore[arg-type]
+        except Exception:
+            if reader.left < 0:  # of which pydicom makes an OSError
+                raise TooLargeError("it holds more elements than were counted, so its encoding is in doubt") from None
+            raise
 
     def _kept(self, walk: Walk, end: int, tags: Collection[int] | None) -> tuple[Dataset, int | None]:
         """The elements that are kept, and where the pixel data begins."""
-        pieces, bytes_left, left, pixels = list[bytes](), MOST_BYTES, MOST_KEPT, None
+        pieces, bytes_left, left, pixels, counted = list[bytes](), MOST_BYTES, MOST_KEPT, None, 0
         for at, tag, value, after, inner in _top(walk, end, self._explicit):
             if tag in PIXELS:
                 pixels = at
@@ -276,13 +289,45 @@ class ReceivedFile:
             if count is None:
                 continue
             pieces.append(walk.read(at, after))
+            counted += count
             if not grouped:
                 bytes_left, left = bytes_left - size, left - count
         with BytesIO(b"".join(pieces)) as kept:
             try:
-                return read_dataset(kept, not self._explicit, self._order == "little"), pixels
+                return self._dataset(kept, counted, sum(map(len, pieces))), pixels
+            except TooLargeError:
+                raise
             except Exception as error:
                 raise HeaderError(f"its header cannot be parsed ({type(error).__name__})") from None
+
+
+class _Reader:
+    """A file for pydicom, which gets no further than was counted.
+
+    pydicom takes other bytes for elements than `Walk` where a VR is none of PS3.5 table 6.2-1, or where an item mixes
+    explicit and implicit elements; a value that was counted as one could hold any number of them.
+
+    Parameters
+    ----------
+    file
+        Where it reads.
+    elements
+        Elements and items that were counted. pydicom reads at most four times for each.
+    size
+        Bytes of them, of which it reads a value of undefined length in pieces of 8 kB.
+    """
+
+    def __init__(self, file: BinaryIO, elements: int, size: int) -> None:
+        self.tell, self.seek = file.tell, file.seek
+        self._read = file.read
+        self.left = 4 * elements + size // 1024 + 100
+
+    def read(self, count: int = -1) -> bytes:
+        """Bytes of the file; raises `TooLargeError` after too many calls."""
+        self.left -= 1
+        if self.left < 0:
+            raise TooLargeError
+        return self._read(count)
 
 
 def _top(walk: Walk, end: int, explicit: bool) -> Iterator[tuple[int, int, int, int, bool]]:

@@ -34,6 +34,16 @@ from node.text import LENGTH, UID
 #: Characters of Body Part Examined that are looked at: scanners write more than the 16 of a CS.
 _PART_LENGTH = 64
 
+#: Bytes as sent that each frame takes at least beyond the first few, its pixels and functional groups together, and the
+#: most frames of one image. A header that counts more than that, or than there is room for, is a bomb, and the places
+#: of its frames are not kept: they take 140 bytes each while the series is open, and are compared under a lock.
+BYTES_A_FRAME = 512
+FEW_FRAMES = 16
+MOST_FRAMES = 1 << 15
+
+#: Values of Image Type that are kept; scanners write up to ten.
+_MOST_TYPES = 16
+
 
 @dataclass(frozen=True, slots=True)
 class InstanceHeader:
@@ -160,7 +170,7 @@ def _header(walk: Walk, found: Found) -> InstanceHeader:
         sop_class_uid=walk.text(found, 0x00080016),
         sop_instance_uid=walk.text(found, 0x00080018),
         modality=walk.text(found, 0x00080060, LENGTH["CS"]),
-        image_type=tuple(part.strip() for part in walk.text(found, 0x00080008).split("\\") if part.strip()),
+        image_type=_values(walk.text(found, 0x00080008))[:_MOST_TYPES],
         body_part=walk.text(found, 0x00180015, _PART_LENGTH),
         instance_number=_integer(walk.text(found, 0x00200013)),
         acquisition_number=_integer(walk.text(found, 0x00200012)),
@@ -191,7 +201,8 @@ def _functional_groups(walk: Walk, found: Found, frames: int) -> _Geometry:
         shared = [_measures(walk, item) for item in islice(walk.items(found.get(0x52009229)), 1)]
         whole = shared[0] if shared else {}
         first, orientations, positions = dict[int, Value](), set[str](), list[tuple[float, ...]]()
-        each = walk.items(found.get(0x52009230)) if walk.has_room_for(frames) else iter(())
+        room = min(MOST_FRAMES, FEW_FRAMES + walk.sent // BYTES_A_FRAME)
+        each = walk.items(found.get(0x52009230)) if frames <= room else iter(())
         measures = (_measures(walk, item) for item in islice(each, max(frames, 0) + 1))
         for n, frame in enumerate(chain([next(measures, {})], measures)):
             both = {**whole, **frame}
@@ -225,6 +236,11 @@ def _numbers(text: str, count: int) -> tuple[float, ...] | None:
     except ValueError:
         return None
     return values if len(values) == count and all(map(math.isfinite, values)) else None
+
+
+def _values(text: str) -> tuple[str, ...]:
+    """The values of a text, without the empty ones."""
+    return tuple(part.strip() for part in text.split("\\") if part.strip())
 
 
 def _number(text: str) -> float | None:

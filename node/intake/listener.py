@@ -458,8 +458,10 @@ class Listener:
 
     def _warn(self, calling_ae: str, address: str, peer: str, key: str) -> None:
         with self._lock:
-            if (calling_ae, address) in self._warned or len(self._warned) >= _WARNED:
+            if (calling_ae, address) in self._warned:
                 return
+            if len(self._warned) >= _WARNED:
+                self._warned.clear()  # rather twice than never: whoever has many addresses must not hide the next one
             self._warned.add((calling_ae, address))
         self.quota.warning(
             "peer calls from an address that is not its own",

@@ -35,6 +35,9 @@ QUERY_MODEL = StudyRootQueryRetrieveInformationModelFind
 #: Takes the count, or None when there is none to be had.
 Tell = Callable[[int | None], None]
 
+#: Answers that are waited for: one series has one match, and a peer could send them without end.
+_MOST_ANSWERS = 100
+
 #: C-FIND statuses: a match follows (PS3.4 C.4.1.1.4).
 _PENDING = (0xFF00, 0xFF01)
 
@@ -100,7 +103,11 @@ def count_instances(peer: Peer, ae_title: str, study_uid: str, series_uid: str) 
     count, because = None, "no match"
     try:
         with association(peer, ae_title, [build_context(QUERY_MODEL)], timeout_s=TIMEOUT_S) as made:
-            for answer, found in made.send_c_find(query, QUERY_MODEL):
+            for n, (answer, found) in enumerate(made.send_c_find(query, QUERY_MODEL)):
+                if n >= _MOST_ANSWERS:
+                    count, because = None, f"more than {_MOST_ANSWERS} answers"
+                    made.abort()
+                    break
                 status = status_of(answer)
                 if status not in _PENDING:
                     because = because if status == 0x0000 else f"C-FIND answered {hexadecimal(status)}"

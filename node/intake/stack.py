@@ -158,7 +158,11 @@ class _Part:
 
 
 def _stacks(headers: Iterable[InstanceHeader]) -> list[list[_Slice]]:
-    """Slices with a place in space, gathered by the direction of their normal."""
+    """Slices with a place in space, gathered by the direction of their normal.
+
+    Empty where there are more directions than `MOST_VALUES`: each slice is compared with all of them, and no stack has
+    so many.
+    """
     stacks: list[tuple[Vector, list[_Slice]]] = []
     for header in headers:
         direction = normal(header)
@@ -166,6 +170,8 @@ def _stacks(headers: Iterable[InstanceHeader]) -> list[list[_Slice]]:
             continue
         stack = next((stack for stack in stacks if _dot(stack[0], direction) > SAME_NORMAL), (direction, []))
         if not stack[1]:
+            if len(stacks) >= MOST_VALUES:
+                return []
             stacks.append(stack)
         stack[1].extend(_Slice(_dot(stack[0], at), header) for at in header.positions)
     return [stack for _, stack in stacks]

@@ -69,6 +69,10 @@ MAXIMUM_USER_ITEMS: Final = 1024
 #: Bytes of a command set, and of a data set that goes with another request than C-STORE; real ones are kilobytes.
 MAXIMUM_COMMAND: Final = 1 << 20
 
+#: Requests other than C-STORE that wait for their answer in memory. A peer may send one at a time, as more are not
+#: negotiated (Asynchronous Operations Window, PS3.7 D.3.3.3).
+MAXIMUM_UNANSWERED: Final = 4
+
 #: Connections that have not yet asked for an association. One more closes the oldest of the address that has most of
 #: them: who means it asks at once, and nobody pushes others out. Peers behind one gateway share an address, so that it
 #: may have all of them while nobody else wants any.
@@ -690,6 +694,8 @@ class _Reactor(DULServiceProvider):
             if not has_data:
                 self._take_instance(self.incoming, memoryview(b""), True)
             return
+        if self.assoc.dimse.msg_queue.qsize() >= MAXIMUM_UNANSWERED:
+            raise _Invalid("more requests come than are answered")
         self._other = 0 if has_data else None
         self._give(3, command)
         if not has_data:
@@ -759,7 +765,7 @@ class _Messages(DIMSEServiceProvider):
 
     def get_msg(self, block: bool = False) -> Any:
         """The next message, if any, once something has happened that the association's thread must look at."""
-        if not block:
+        if not block and self.msg_queue.empty():
             self._bell.wait(_LOOK_ROUND_S)
             self._bell.clear()
         return super().get_msg(block)

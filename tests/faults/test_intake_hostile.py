@@ -16,10 +16,12 @@ import psutil
 import pytest
 from conftest import wait_for
 from made_instances import SERIES, dataset, encoded
+from pynetdicom.sop_class import Verification
 from raw_peer import RELEASE, RawPeer, pdu, pdv, request, store, store_command
 from structlog.testing import capture_logs
 from test_listener import Node
 
+from node.intake.listener import Listener
 from node.intake.transport import DIRECT, MAXIMUM_PDU, MAXIMUM_REQUEST, PORCH, STOCK, Transport
 from node.network.addresses import PeerAddresses, entry
 from node.telemetry.quota import IN_ALL, PER_ADDRESS, LogQuota
@@ -186,6 +188,38 @@ def test_stock_transport_outlives_all_of_it(start: Start) -> None:
     assert friend_stores(node, 5) < 5
     assert node.kept().keys() <= {f"{SERIES}.6"}
     gc.collect()
+
+
+ECHO = pdu(4, pdv(3, store_command("1.2", sop_class=Verification, field=0x30, data=0x0101)))
+#: C-FIND-RQ with an identifier of 900 kB, for which no context was accepted; it is answered after those before it.
+FIND = pdu(4, pdv(3, store_command("1.2", sop_class=Verification, field=0x20))) + b"".join(
+    pdu(4, pdv(2 if n == 8 else 0, bytes(100_000))) for n in range(9)
+)
+
+
+def test_requests_that_are_not_answered_do_not_pile_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer may send one request at a time (PS3.7 D.3.3.3); each may have a megabyte."""
+    slow = threading.Event()
+    monkeypatch.setattr(Listener, "_on_echo", lambda _self, _event: 0 * slow.wait(20))
+    node = start()
+    with RawPeer(node.listener.port) as peer, capture_logs() as lines:
+        assert peer.associate(sop_class=Verification) == 2
+        with suppress(ConnectionError):
+            peer.send(ECHO, *[FIND] * 20)
+        wait_for(lambda: any(line["event"] == "association aborted" for line in lines), 10, "the abort")
+        slow.set()
+    assert "more requests come than are answered" in {line.get("reason") for line in lines}
+    assert friend_stores(node, 0) < 5
+
+
+def test_requests_that_come_together_are_answered_at_once(start: Start) -> None:
+    node = start()
+    with RawPeer(node.listener.port) as peer:
+        assert peer.associate(sop_class=Verification) == 2
+        begin = time.monotonic()
+        peer.send(ECHO * 4)
+        assert [peer.status() for _ in range(4)] == [0] * 4
+        assert time.monotonic() - begin < 2
 
 
 def test_path_tricks_and_no_data_set_are_refused_by_status(start: Start) -> None:

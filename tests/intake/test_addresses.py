@@ -153,6 +153,16 @@ def test_an_upgraded_node_warns_once_per_peer_and_address(start: Start) -> None:
     assert all("peers.ct1-0.addresses" in line["mend"] for line in warned)
 
 
+def test_many_addresses_do_not_end_the_warnings(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "_WARNED", 2)
+    node = start(addresses=bound(("CT1", "127.0.0.1", None), enforce=False))
+    callers = [f"127.0.0.{n}" for n in range(71, 75)]
+    with capture_logs() as lines:
+        assert [ask(node, "CT1", one)[0] for one in callers] == [2] * 4
+    warned = [line for line in lines if line["event"] == "peer calls from an address that is not its own"]
+    assert [line["address"] for line in warned] == callers
+
+
 def test_the_end_of_the_warnings_is_not_forgotten() -> None:
     release = tuple(map(int, __version__.split(".")[:2]))
     ends = tuple(map(int, ADDRESSES_ENFORCED_FROM.split(".")[:2]))

@@ -171,6 +171,27 @@ def test_an_enhanced_image_has_the_place_of_each_frame(ts: UID, undefined: bool)
     assert (found.orientation, found.pixel_spacing, found.slice_thickness) == (AXIAL, (0.5, 0.6), 2.5)
 
 
+@pytest.mark.parametrize("limit", ["MOST_FRAMES", "BYTES_A_FRAME"])
+def test_places_of_more_frames_than_any_image_has_are_not_kept(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """They stay in memory while the series is open, and take more than they took to send."""
+    ds = dataset(0)
+    place = Dataset()
+    place.PlanePositionSequence = Sequence([Dataset()])
+    place.PlanePositionSequence[0].ImagePositionPatient = [0, 0, 0]
+    ds.NumberOfFrames, ds.PerFrameFunctionalGroupsSequence = 40, Sequence([place] * 40)
+    ds.PixelData = bytes(40 * header_module.BYTES_A_FRAME)
+    raw = encoded(ds)
+    assert len(read_header(raw, ExplicitVRLittleEndian).positions) == 40
+    monkeypatch.setattr(header_module, limit, {"MOST_FRAMES": 39, "BYTES_A_FRAME": len(raw)}[limit])
+    assert read_header(raw, ExplicitVRLittleEndian).positions == ()
+
+
+def test_few_values_of_the_image_type_are_kept() -> None:
+    ds = dataset(0)
+    ds.ImageType = ["A"] * 500
+    assert len(read_header(encoded(ds), ExplicitVRLittleEndian).image_type) == 16
+
+
 def part_10_files(folder: Path) -> Iterator[tuple[Path, Dataset, bytes, str]]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.open("rb").read(132)[128:] == b"DICM":

@@ -177,6 +177,53 @@ def test_pixels_are_read_as_far_as_the_header_accounts_for_them(tmp_path: Path, 
             list(decode_frames(path, [frame]))
 
 
+def many_items(count: int) -> bytes:
+    """The value of a sequence of undefined length with empty items."""
+    return struct.pack("<HHL", 0xFFFE, 0xE000, 0) * count + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+
+
+def explicit(tag: int, vr: bytes, length: int, value: bytes = b"") -> bytes:
+    """An element with a length of 32 bits."""
+    return struct.pack("<HH2sHL", tag >> 16, tag & 0xFFFF, vr, 0, length) + value
+
+
+#: A sequence that pydicom finds at the place of another element's length: the bytes before it are a tag.
+HIDDEN = b"SQ\0\0\xff\xff\xff\xff" + many_items(5000)
+
+
+@pytest.mark.parametrize(
+    "element",
+    [
+        # A VR of none of ours has a length of 32 bits (PS3.5 7.1.2); pydicom takes 16.
+        explicit(0x00210011, b"ZZ", len(HIDDEN), HIDDEN),
+        # No VR but a length, which is 0xFF41; pydicom takes a VR, and a length of 0.
+        struct.pack("<HH2sH", 0x0021, 0x0011, b"A\xff", 0) + (b"\x21\0\x13\0" + HIDDEN).ljust(0xFF41, b"\0"),
+    ],
+)
+def test_pydicom_gets_no_further_than_was_counted(tmp_path: Path, element: bytes) -> None:
+    """A value may look like one element here, and like thousands of items there."""
+    path = written(tmp_path / "1.dcm", encoded(dataset(0))[: -len(pixel_data())] + element + pixel_data())
+    with pytest.raises(TooLargeError, match="more elements than were counted"):
+        read_received(path)
+
+
+def pixel_data() -> bytes:
+    """The last element of a `dataset`, encoded."""
+    raw = encoded(dataset(0))
+    return raw[raw.rindex(struct.pack("<HH", 0x7FE0, 0x0010)) :]
+
+
+@pytest.mark.parametrize("vr", [b"SQ", b"UN"])
+def test_pixel_data_is_no_sequence(tmp_path: Path, vr: bytes) -> None:
+    ds = image(rows=512)
+    raw = encoded(ds)
+    raw = raw[: raw.rindex(struct.pack("<HH", 0x7FE0, 0x0010))]
+    items = explicit(0x7FE00010, vr, 0xFFFFFFFF, many_items(5000))
+    path = written(tmp_path / "1.dcm", raw + items)
+    with ReceivedFile(path) as file, pytest.raises(TooLargeError, match="more elements than were counted"):
+        file.pixels(file.header())
+
+
 def test_what_follows_the_pixels_is_not_inflated(tmp_path: Path) -> None:
     path = written(tmp_path / "1.dcm", deflated(encoded(image()) + bytes(300 * MB)), DeflatedExplicitVRLittleEndian)
     (frame,) = read_frames(path)

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import Orthanc, free_port, tool, wait_for
 from made_instances import SERIES, STUDY, dataset, save
+from pydicom import Dataset
+from pynetdicom import AE, evt
 
 from node.config import Peer
 from node.intake import series_count
@@ -40,6 +42,23 @@ def test_who_does_not_answer_tells_none_and_who_may_not_be_asked_is_not() -> Non
     assert not counter.ask("CT1", STUDY, SERIES, told.put)
     assert counter.ask("PACS", STUDY, SERIES, told.put)
     assert told.get(timeout=20) is None
+
+
+def test_an_archive_that_answers_without_end_is_left() -> None:
+    def matches(event: evt.Event) -> Iterator[tuple[int, Dataset]]:
+        while not event.is_cancelled and event.assoc.is_established:
+            yield 0xFF00, event.identifier
+
+    ae = AE("PACS")
+    ae.add_supported_context(series_count.QUERY_MODEL)
+    server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_FIND, matches)])
+    told: queue.Queue[int | None] = queue.Queue()
+    peer = Peer(ae_title="PACS", host="127.0.0.1", port=server.server_address[1])
+    threading.Thread(target=lambda: told.put(count_instances(peer, "LUNGNODE", STUDY, SERIES)), daemon=True).start()
+    try:
+        assert told.get(timeout=10) is None
+    finally:
+        server.shutdown()
 
 
 @contextmanager

@@ -248,3 +248,17 @@ def test_the_time_for_a_judgement_grows_with_the_number_of_slices_and_not_with_i
         return time.process_time() - start
 
     assert seconds(12_000) < 12 * max(seconds(3000), 0.05)
+
+
+def test_slices_of_ever_other_directions_are_not_compared_with_each_other() -> None:
+    """Each would be compared with every direction before it, under the lock that intake waits for."""
+    directions = [
+        (math.cos(a), math.sin(a), 0.0, 0.0, math.sin(b), math.cos(b))
+        for a in np.linspace(0, 3, 100)
+        for b in np.linspace(0.1, 3, 100)
+    ]
+    headers = [replace(header(n), orientation=one) for n, one in enumerate(directions)]
+    begun = time.process_time()
+    assert tile(headers).kind == "unknown"
+    assert acquisitions(headers) == []
+    assert time.process_time() - begun < 0.5
