@@ -240,7 +240,7 @@ def test_a_series_at_which_the_process_dies_is_set_aside_after_three_attempts(
     def dies(*_: object) -> None:
         raise Death
 
-    monkeypatch.setattr(*((closing, "triage") if step == "closing" else (spool_module, "_read")), dies)
+    monkeypatch.setattr(*((closing, "_verdicts") if step == "closing" else (spool_module, "_read")), dies)
     for _ in range(3):
         with pytest.raises(Death):
             close_all(start(tmp_path)[2])
@@ -272,17 +272,17 @@ def test_two_deaths_at_a_series_are_forgotten_once_it_is_closed(
     (tmp_path / "spool").mkdir()
     spooled(tmp_path, 3, age_s=3)
     folder = tmp_path / "spool" / STUDY / SERIES
-    judge = closing.triage
+    judge = closing._verdicts
 
-    def dies(_: object) -> None:
+    def dies(*_: object) -> None:
         raise Death
 
-    monkeypatch.setattr(closing, "triage", dies)
+    monkeypatch.setattr(closing, "_verdicts", dies)
     for deaths in (1, 2):
         with pytest.raises(Death):
             close_all(start(tmp_path)[2])
         assert attempts(folder) == deaths
-    monkeypatch.setattr(closing, "triage", judge)
+    monkeypatch.setattr(closing, "_verdicts", judge)
     here, _, assembly = start(tmp_path)
     close_all(assembly)
     assert "set aside" not in closed(here)[0][2]
@@ -300,10 +300,10 @@ def test_a_ledger_that_fails_counts_as_no_attempt_and_another_failure_does(
     record = closing._record
     for error, counted in ((OperationalError("", None, Exception()), 0), (OSError(), 0), (KeyError(), 3)):
 
-        def fails(node: Node, judged: closing._Judged, error: Exception = error) -> None:
+        def fails(node: Node, judged: closing._Judged, dispatch: closing.Dispatch, error: Exception = error) -> None:
             if not judged.verdicts[0].reason.startswith("not analysed: set aside"):
                 raise error
-            record(node, judged)
+            record(node, judged, dispatch)
 
         monkeypatch.setattr(closing, "_record", fails)
         time.sleep(0.6)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import free_port, wait_for
+from conftest import accepts, free_port, wait_for
 from made_instances import SERIES, STUDY, dataset, dataset_bytes, encoded
 from raw_peer import RELEASE, RawPeer, store
 from structlog.testing import capture_logs
@@ -29,11 +29,6 @@ from node.tasks import Node
 HOMES = {"CT1": "127.0.0.1", "PACS": "127.0.0.2", "A/B ..": "127.0.0.3"}
 
 
-@pytest.fixture(autouse=True)
-def no_bells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(closing, "ring", lambda _work, _rows: None)
-
-
 class Hospital:
     """A node with its ledger, a scanner and a PACS."""
 
@@ -48,7 +43,7 @@ class Hospital:
         self.listener = self._listen()
 
     def _listen(self) -> Listener:
-        listener = closing.intake(self.here)
+        listener = closing.intake(self.here, accepts, lambda _: None)
         os.close(closing._LOCKS.pop())
         listener.start()
         return listener
