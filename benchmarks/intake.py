@@ -42,8 +42,9 @@ from pynetdicom import AE
 from rich.console import Console
 from rich.table import Table
 
+from node.intake.admission import ListenerOptions
 from node.intake.assembly import Assembly
-from node.intake.listener import Listener, ListenerOptions
+from node.intake.listener import Listener
 from node.intake.spool import Spool
 from node.intake.transport import DIRECT, STOCK
 from node.operations.supervisor import settle

@@ -19,8 +19,9 @@ from pydicom.filereader import read_file_meta_info
 from raw_peer import RawPeer, request, store
 
 from node.config import Peer
+from node.intake.admission import ListenerOptions
 from node.intake.assembly import Assembly
-from node.intake.listener import Listener, ListenerOptions
+from node.intake.listener import Listener
 from node.intake.series_count import count_instances
 from node.intake.spool import Spool
 from node.network.associations import PeerError, echo

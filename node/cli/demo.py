@@ -32,7 +32,7 @@ from node.delivery.push import push_all
 from node.identity import application_entity
 from node.images.phantom_series import write_series
 from node.installation import Node
-from node.intake.listener import CANNOT_UNDERSTAND
+from node.intake.store import CANNOT_UNDERSTAND
 from node.ledger.store import Series
 from node.network.associations import VERIFICATION, PeerError, echo
 from node.operations.supervisor import LUNGNODE

@@ -21,8 +21,9 @@ from node.config import Route
 from node.files.series_folder import attempts, begin_attempt, end_attempt
 from node.images.headers import first_header
 from node.installation import Node
+from node.intake.admission import ListenerOptions
 from node.intake.assembly import Assembly, AssociationId, ClosedSeries, Conflict
-from node.intake.listener import Listener, ListenerOptions
+from node.intake.listener import Listener
 from node.intake.series_count import Counter
 from node.intake.spool import Spool
 from node.intake.verdict import Verdict

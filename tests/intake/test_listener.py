@@ -34,8 +34,10 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.sop_class import Verification
 
+from node.intake.admission import ListenerOptions
 from node.intake.assembly import Assembly, ClosedSeries
-from node.intake.listener import TRANSFER_SYNTAXES, Listener, ListenerOptions
+from node.intake.contexts import TRANSFER_SYNTAXES
+from node.intake.listener import Listener
 from node.intake.spool import Spool
 from node.intake.transport import DIRECT, STOCK
 

@@ -23,7 +23,8 @@ from synthetic_chest import KINDS, MOMENT, Shape, make_chest
 
 from node import identity
 from node.delivery import commitment
-from node.intake import listener, series_count, transport
+from node.intake import contexts, listener, series_count
+from node.intake.transport import pdu
 from node.methods.pneumonia import triage
 from node.methods.pneumonia.outcome import outcome_of
 from node.methods.pneumonia.subject import SUBJECT
@@ -58,7 +59,7 @@ def tables(folder: Path) -> dict[str, str]:
     common = set.intersection(*(set(dataset.keys()) for dataset in one.objects.values()))
     told = {
         "classes": _classes(one.objects),
-        "syntaxes": _rows(("transfer syntax", "UID"), ((UID(uid).name, uid) for uid in listener.TRANSFER_SYNTAXES)),
+        "syntaxes": _rows(("transfer syntax", "UID"), ((UID(uid).name, uid) for uid in contexts.TRANSFER_SYNTAXES)),
         "limits": limits(),
         "common": _attributes(one, other, "infection-seg", common, among=True),
         "codes": _codes(one.objects),
@@ -150,7 +151,7 @@ def limits() -> str:
         ("application context", "1.2.840.10008.3.1.1.1"),
         ("implementation class UID", identity.IMPLEMENTATION_CLASS_UID),
         ("implementation version name", identity.IMPLEMENTATION_VERSION_NAME),
-        ("largest PDU received", f"{transport.MAXIMUM_PDU} bytes"),
+        ("largest PDU received", f"{pdu.MAXIMUM_PDU} bytes"),
         ("largest PDU asked for when sending", f"{associations.MAX_PDU} bytes"),
         ("presentation contexts on an association that we open", f"{associations.MAX_CONTEXTS} at most"),
         ("wait for an association's request", f"{listener.ACSE_TIMEOUT_S:g} s"),
