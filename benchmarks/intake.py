@@ -47,6 +47,7 @@ from node.intake.assembly import Assembly
 from node.intake.listener import Listener
 from node.intake.spool import Spool
 from node.intake.transport import DIRECT, STOCK
+from node.network.settings import configure
 from node.operations.supervisor import settle
 from node.telemetry import logs
 
@@ -97,6 +98,7 @@ def serve(port: int, folder: Path, transport: Any, fsync: bool) -> None:
     if not fsync:
         os.fsync = lambda _descriptor: None
     logs.configure()
+    configure()
     listener = Listener(
         ListenerOptions(ae_title="LUNGNODE", port=port, host="127.0.0.1", transport=transport),
         Spool(folder),

@@ -201,12 +201,12 @@ def test_bombs_from_several_peers_at_once_cost_the_listener_little_and_hold_up_n
 DIES = """
 import os
 from node.intake import closing
-judge = closing.triage
-def dies(closed):
+judge = closing._verdicts
+def dies(closed, *others):
     if closed.series_instance_uid == os.environ["DIES"]:
         os.kill(os.getpid(), 9)
-    return judge(closed)
-closing.triage = dies
+    return judge(closed, *others)
+closing._verdicts = dies
 """
 
 

@@ -123,6 +123,8 @@ import resource, signal, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
 from node.images.volume import VolumeError, read_volume
+from node.network.settings import configure
+configure()
 def too_long(*_):
     raise SystemExit("too long")
 signal.signal(signal.SIGALRM, too_long)
