@@ -19,10 +19,11 @@ from typing import Literal
 
 import structlog
 
+from node.images.geometry import GAP_FACTOR
 from node.intake.header import InstanceHeader
 from node.intake.part import Stored
 from node.intake.spool import Adoption
-from node.intake.stack import FEWEST, GAP_STEPS, Tiling, count_reached, numbers_missing, tile
+from node.intake.stack import FEWEST, Tiling, count_reached, numbers_missing, tile
 from node.telemetry.logs import plainly
 
 __all__ = ["Assembly", "AssociationId", "ClosedSeries", "Conflict", "Ending", "InstanceHeader"]
@@ -591,7 +592,10 @@ class _OpenSeries:
             missing.append(f"{self.broken}, so its end may be missing")
         if missing:
             return False, f"incomplete: {'; '.join(missing)}; {ended}", missing == [tiling.detail]
-        shape = tiling.detail if tiling.kind == "even" else f"geometry cannot tell ({tiling.detail})"
+        shape = {
+            "even": tiling.detail,
+            "uneven": f"no slice is missing, though they make no regular grid ({tiling.detail})",
+        }.get(tiling.kind, f"geometry cannot tell ({tiling.detail})")
         return True, f"{shape}, and {ended}{f', although {doubt}' if doubt else ''}", False
 
     def closed(self, now: float) -> ClosedSeries:
@@ -653,4 +657,4 @@ def _dense(tiling: Tiling, headers: list[InstanceHeader]) -> bool:
     if not any(header.positions for header in headers):
         return True
     thickness = min((header.slice_thickness or 0.0) for header in headers)
-    return tiling.kind == "even" and tiling.step <= GAP_STEPS * thickness
+    return tiling.whole and tiling.step <= GAP_FACTOR * thickness

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 from made_instances import STUDY, header
 
+from node.images.geometry import GAP_FACTOR
 from node.intake.assembly import (
     ANSWER_S,
     ONE_ASSOCIATION_GRACE_S,
@@ -25,7 +26,6 @@ from node.intake.assembly import (
 )
 from node.intake.header import InstanceHeader
 from node.intake.part import Stored
-from node.intake.stack import GAP_STEPS
 
 QUIET, GRACE = 30.0, 2.0
 CHEST, SCOUT, REPORT = f"{STUDY}.1", f"{STUDY}.2", f"{STUDY}.3"
@@ -598,7 +598,7 @@ class Interleaved(RuleBasedStateMachine):
             if closed.complete:
                 places = sorted(one.positions[0][2] for one in closed.instances)
                 steps = {b - a for a, b in pairwise(places)}
-                assert not steps or max(steps) <= (GAP_STEPS * min(steps) if series == SCOUT else 1.0)
+                assert not steps or max(steps) <= (GAP_FACTOR * min(steps) if series == SCOUT else 1.0)
                 assert not {uid for uid in self.refused if uid.startswith(f"{series}.")}
             else:
                 assert closed.reason.startswith("incomplete: ")
