@@ -45,6 +45,7 @@ from rich.table import Table
 from node.intake.admission import ListenerOptions
 from node.intake.assembly import Assembly
 from node.intake.listener import Listener
+from node.intake.series import Host
 from node.intake.spool import Spool
 from node.intake.transport import DIRECT, STOCK
 from node.network.settings import configure
@@ -102,7 +103,7 @@ def serve(port: int, folder: Path, transport: Any, fsync: bool) -> None:
     listener = Listener(
         ListenerOptions(ae_title="LUNGNODE", port=port, host="127.0.0.1", transport=transport),
         Spool(folder),
-        Assembly(lambda _closed: None, 30),
+        Assembly(Host(), 30),
     )
     listener.start()
     settle()

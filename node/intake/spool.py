@@ -29,6 +29,7 @@ from node.images.elements import FileSpan
 from node.intake.file_meta import described, file_meta
 from node.intake.header import InstanceHeader, read_header
 from node.intake.part import Part, SpoolFullError, disk_error, fsync_folder, same_dataset
+from node.intake.series import Adoption
 from node.paths import InvalidUIDError, valid_uid, within
 from node.text import UID
 
@@ -36,20 +37,6 @@ log = structlog.stdlib.get_logger(__name__)
 
 #: Folders whose way to the root is known to be on disk; forgotten at this number to bound memory.
 _KNOWN_FOLDERS = 4096
-
-
-@dataclass(frozen=True)
-class Adoption:
-    """What came of comparing what another sender sent with the series."""
-
-    #: Whether it sent all that is in the series, with the same content, so that the rest of it joins the series.
-    agreed: bool
-    #: Instances of the series before.
-    held: int
-    #: Instances that it sent and the series does not have; they have joined it if `agreed`.
-    extra: int
-    #: SOP instance UIDs that were found to differ.
-    differing: frozenset[str]
 
 
 @dataclass(frozen=True)

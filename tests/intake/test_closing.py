@@ -19,7 +19,7 @@ from node.files import retention
 from node.files.series_folder import ATTEMPTS, attempts
 from node.installation import LEDGER, Node
 from node.intake import assembly as assembly_module
-from node.intake import closing
+from node.intake import closing, open_series
 from node.intake import spool as spool_module
 from node.intake.assembly import RETRY_S, Assembly, AssociationId
 from node.intake.header import InstanceHeader
@@ -360,14 +360,14 @@ def test_a_series_that_cannot_be_judged_holds_up_no_other_and_comes_to_an_end(
     spool, other = Spool(tmp_path / "spool"), f"{SERIES}.7"
     store(spool, raw=encoded(dataset(0, series=other)), series_uid=other, sop_uid=f"{other}.1")
     here, _, assembly = start(tmp_path)
-    tile = assembly_module.tile
+    tile = open_series.tile
 
     def fails(headers: list[InstanceHeader]) -> Tiling:
         if headers[0].series_instance_uid == SERIES:
             raise RecursionError
         return tile(headers)
 
-    monkeypatch.setattr(assembly_module, "tile", fails)
+    monkeypatch.setattr(open_series, "tile", fails)
     close_all(assembly)
     with here.ledger() as session:
         rows = {row.series_instance_uid: row.closed_because for row in session.query(Series)}

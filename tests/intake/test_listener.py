@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import free_port, tool, wait_for
-from made_instances import SERIES, STUDY, dataset, dataset_bytes, encoded, save, send_raw
+from made_instances import SERIES, STUDY, dataset, dataset_bytes, encoded, host, save, send_raw
 from pydicom import DataElement, Dataset
 from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_VR
@@ -51,14 +51,13 @@ class Node:
     def __init__(self, folder: Path, floor_bytes: int = 0, **options: Any) -> None:
         self.closed: list[ClosedSeries] = []
         self.spool = Spool(folder / "spool", floor_bytes)
-        self.assembly = Assembly(
-            self.closed.append,
-            1.5,
+        around = host(
+            closed=self.closed.append,
             recall=lambda study, series: [(i.header, i.path) for i in self.spool.series(study, series)],
-            grace_s=0.2,
             ended=self.spool.end,
             adopt=self.spool.adopt,
         )
+        self.assembly = Assembly(around, 1.5, grace_s=0.2)
         values = {"ae_title": "LUNGNODE", "port": 0, "host": "127.0.0.1", **options}
         self.listener = Listener(ListenerOptions(**values), self.spool, self.assembly)
         self.listener.start()
