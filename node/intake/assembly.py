@@ -38,7 +38,7 @@ _REMEMBERED_OTHERS = 200
 #: Seconds that an answer to how many instances there are is waited for.
 ANSWER_S = 10.0
 
-#: Seconds until a series is offered again when `on_closed` failed.
+#: Seconds until a series is offered again when it was not taken.
 RETRY_S = 5.0
 
 
@@ -67,12 +67,7 @@ class Assembly:
     """
 
     def __init__(
-        self,
-        host: Host,
-        quiet_s: float,
-        *,
-        grace_s: float = GRACE_S,
-        clock: Callable[[], float] = time.monotonic,
+        self, host: Host, quiet_s: float, *, grace_s: float = GRACE_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._host = host
         self._quiet_s = quiet_s
@@ -223,9 +218,9 @@ class Assembly:
             for series, closed, extent in closing:
                 self._close(series, closed, extent)
             with self._lock:
-                closed = [(*name, other) for name, other in self._others.items() if name[0] not in self._open]
+                waiting = [(*name, other) for name, other in self._others.items() if name[0] not in self._open]
                 now = self._clock()
-                others = [one for one in closed if one[2].is_due(now, self._quiet_s, self._grace_s)]
+                others = [one for one in waiting if one[2].is_due(now, self._quiet_s, self._grace_s)]
             for key, sender, other in others:
                 self._compare(key, sender, other)
 

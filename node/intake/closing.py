@@ -72,12 +72,10 @@ def intake(
 
     Parameters
     ----------
-    accepts, dispatch
-        Of the stages that come after intake.
     contexts, handlers
         Of further services that answer at the same address, as `Listener` takes them.
     reporters
-        AE titles that may open an association for one of these services without being a sender.
+        AE titles that may open an association for these services without being a sender.
 
     Raises
     ------
