@@ -24,7 +24,7 @@ demo: $(VENV)/runtime
 	@$(BIN)/lungnode demo $(DIR)
 
 test: $(VENV)/develop peers
-	@$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
+	@OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 faults: $(VENV)/develop peers
 	@LUNGNODE_FAULT_ROUNDS=$${LUNGNODE_FAULT_ROUNDS:-100} $(BIN)/pytest --timeout 7200 tests/faults $(PYTEST)

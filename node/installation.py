@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from node import permissions
 from node.config import Settings
-from node.ledger.store import Ledger
+from node.ledger.leases import Timeouts
+from node.ledger.ledger import Ledger
 
 #: The ledger's file in the data folder.
 LEDGER = "ledger.sqlite"
@@ -21,12 +24,12 @@ class Node:
     ledger: Ledger
 
     @classmethod
-    def open(cls, settings: Settings) -> Node:
+    def open(cls, settings: Settings, clock: Callable[[], float] = time.time, timeouts: Timeouts | None = None) -> Node:
         """Make the folders and the ledger's tables where they are missing."""
         for folder in ("spool", "results"):
             (settings.data / folder).mkdir(parents=True, exist_ok=True)
         permissions.close(settings.data)
-        ledger = Ledger(f"sqlite:///{settings.data / LEDGER}")
+        ledger = Ledger(f"sqlite:///{settings.data / LEDGER}", clock, timeouts)
         ledger.migrate()
         return cls(settings, ledger)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +13,11 @@ from sqlalchemy.orm import Session
 from node.images.headers import first_header
 from node.installation import Node
 from node.ledger import superseding
-from node.ledger.store import Analysis, Delivery, Lease, Object, Series, State
+from node.ledger.events import EventKind
+from node.ledger.leases import Lease
+from node.ledger.record import record_event
+from node.ledger.tables import AnalysisJob, Delivery, Object, Series
+from node.ledger.transitions import State
 from node.paths import valid_uid, within
 from node.results import makers
 from node.results.forms import FALLBACK, Profile
@@ -34,9 +37,10 @@ class Work:
     folder: Path
     #: What each peer gets, and in which form, by the peer's name.
     profiles: dict[str, Profile]
-    tell: bool
+    report: bool
     not_analysed: str | None
-    gave_up: str | None
+    #: Why the analysis failed, where that is to be reported now.
+    failure: str | None
     content_at: datetime
 
 
@@ -53,25 +57,25 @@ class Made:
 def gave_way(here: Node, lease: Lease) -> bool:
     """End an analysis in whose place a later generation's stands: one that was under way when that came, and failed."""
     with here.ledger.read() as session:
-        reason = superseding.overtaken(session, session.get_one(Analysis, lease.row))
+        reason = superseding.overtaken(session, session.get_one(AnalysisJob, lease.row))
     if reason is None:
         return False
-    with lease.finish("superseded", reason) as session:
-        here.ledger.tell_of(session, session.get_one(Analysis, lease.row), reason)
+    with lease.finish(State.SUPERSEDED, reason) as session:
+        record_event(session, session.get_one(AnalysisJob, lease.row), EventKind.ANALYSIS_SUPERSEDED, reason=reason)
     return True
 
 
 def begin(here: Node, row: int) -> Work:
     """What is to be done, and an event that it has begun."""
     with here.ledger() as session:
-        analysis = session.get_one(Analysis, row)
+        analysis = session.get_one(AnalysisJob, row)
         series: Series = analysis.series
-        now = datetime.now(UTC).astimezone()
+        local = datetime.now(UTC).astimezone()
         if analysis.content_at is None:
-            analysis.content_at = now.timestamp()
-        again = f", attempt {analysis.attempts}" if analysis.attempts > 1 else ""
-        what = "started" if analysis.gave_up is None else "making the objects that tell the study of it"
-        here.ledger.tell_of(session, analysis, f"{what}{again}")
+            analysis.content_at = local.timestamp()
+        reporting = analysis.state is State.REPORTING
+        kind = EventKind.REPORT_STARTED if reporting else EventKind.ANALYSIS_STARTED
+        record_event(session, analysis, kind, attempt=analysis.attempts)
         return Work(
             row,
             series.series_instance_uid,
@@ -81,22 +85,22 @@ def begin(here: Node, row: int) -> Work:
             analysis.note,
             within(here.results, valid_uid(series.series_instance_uid), f"{series.generation}-{analysis.id}"),
             {peer: here.settings.profile(peer, kinds) for peer, kinds in analysis.destinations.items()},
-            analysis.tell,
+            analysis.report,
             analysis.not_analysed,
-            analysis.gave_up,
-            datetime.fromtimestamp(analysis.content_at, now.tzinfo),
+            analysis.gave_up if reporting else None,
+            datetime.fromtimestamp(analysis.content_at, local.tzinfo),
         )
 
 
 def record(here: Node, lease: Lease, work: Work, made: Made) -> set[str]:
-    """Record what an analysis came to, in one transaction; gives the peers to whom something is owed."""
+    """Record what an analysis came to, in one transaction; gives the peers that get something."""
     notes: dict[_Outdated, makers.ResultObject] = {}
     while True:
         try:
             with lease.finish(made.state, made.reason) as session:
-                analysis = session.get_one(Analysis, work.row)
+                analysis = session.get_one(AnalysisJob, work.row)
                 _add_objects(here, session, analysis, work, made)
-                superseding.supersede(here.ledger, session, analysis)
+                superseding.supersede(session, analysis)
                 session.flush()
                 analysis.objects += rejection_notes(here, session, analysis, notes)
                 return {delivery.peer for one in analysis.objects for delivery in one.deliveries}
@@ -105,15 +109,15 @@ def record(here: Node, lease: Lease, work: Work, made: Made) -> set[str]:
             notes[lacking.outdated] = _write_note(work, lacking.outdated)
 
 
-def _add_objects(here: Node, session: Session, analysis: Analysis, work: Work, made: Made) -> None:
+def _add_objects(here: Node, session: Session, analysis: AnalysisJob, work: Work, made: Made) -> None:
     analysis.summary = made.summary
     known = {one.sop_instance_uid for one in analysis.objects}  # from before a retry by hand
     new = [one for one in made.objects if one.sop_instance_uid not in known]
     analysis.objects += [as_row(here, one, work.profiles) for one in new]
-    here.ledger.tell_of(session, analysis, made.reason)
+    record_event(session, analysis, EventKind.ANALYSIS_ENDED, outcome=made.reason)
     for one in new:
         if one.problems:
-            here.ledger.tell(session, analysis.series_id, "check", analysis.about(f"{one.kind} {_stopped(one)}"))
+            record_event(session, analysis, EventKind.OBJECT_STOPPED, object=one.kind, reason=_stopped(one))
     session.flush()
 
 
@@ -123,13 +127,15 @@ def with_fallback(profiles: dict[str, Profile]) -> list[Profile]:
 
 
 def as_row(here: Node, made: makers.ResultObject, profiles: dict[str, Profile]) -> Object:
-    """The object, and what is owed of it; one that did not pass its check is refused before it is sent."""
+    """The object, and its deliveries; one that did not pass its check is refused before it is sent."""
     peers = [peer for peer, profile in profiles.items() if profile in made.profiles]
     ended: dict[str, Any] = {}
     if made.problems:
-        ended = {"state": "refused", "reason": _stopped(made), "finished_at": time.time()}
+        ended = {"state": State.REFUSED, "reason": _stopped(made), "finished_at": here.ledger.clock()}
     return Object(
         kind=made.kind,
+        form=made.form,
+        stopped=_stopped(made) if made.problems else None,
         sop_class_uid=made.sop_class_uid,
         sop_instance_uid=made.sop_instance_uid,
         series_instance_uid=made.series_instance_uid,
@@ -155,7 +161,7 @@ class _NoteLackingError(Exception):
 
 
 def rejection_notes(
-    here: Node, session: Session, analysis: Analysis, notes: dict[_Outdated, makers.ResultObject]
+    here: Node, session: Session, analysis: AnalysisJob, notes: dict[_Outdated, makers.ResultObject]
 ) -> list[Object]:
     """Notes that name what the objects of this analysis outdate, for the peers that act on them.
 

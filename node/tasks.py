@@ -1,7 +1,7 @@
 """Where the stages meet: the Celery app and its tasks.
 
-A task carries the id of a row in the ledger and is only a bell: it claims the row by a lease, does one stage's work,
-and writes the outcome in one transaction. A bell that is lost is rung again by the sweep.
+A task only notifies a worker of a row in the ledger: the worker claims the row by a lease, does one stage's work, and
+records the outcome in one transaction. A notification that is lost is sent again by the sweep.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from node.files import retention
 from node.images.headers import all_headers
 from node.images.volume import VolumeError
 from node.installation import Node
-from node.ledger.store import Analysis
+from node.ledger.events import EventKind
+from node.ledger.record import record_event
+from node.ledger.tables import AnalysisJob
+from node.ledger.transitions import State
 from node.methods.outcome import plain
 from node.operations.supervisor import settle
 from node.results import makers
@@ -39,7 +42,7 @@ log = structlog.get_logger(__name__)
 #: a minute or two.
 ANALYSIS_LIMIT_S = 3600
 
-#: Seconds between two looks at what the ledger still owes.
+#: Seconds between two looks at what is due by the ledger.
 SWEEP_S = 2.0
 
 #: Sweeps between two looks at how full the disk is, and between two clearings of what is old.
@@ -50,7 +53,7 @@ RETENTION_SWEEPS = 1800
 #: networks anew takes a few seconds.
 ANALYSES_A_PROCESS = 100
 
-#: Bells in a queue above which the sweep adds none: they would only pile up.
+#: Tasks in a queue above which the sweep adds none: they would only pile up.
 FULL_QUEUE = 100
 
 app = Celery("lungnode")
@@ -79,14 +82,14 @@ def node() -> Node:
 #: Set when this process is to end.
 _stopping = threading.Event()
 
-#: What a bell is rung for: an analysis by its row, a delivery by the peer to whom something is owed.
-Bell = Literal["analyse", "deliver"]
+#: Names of the tasks: `analyse` carries the row of an analysis, `deliver` the peer for whom something is due.
+Task = Literal["analyse", "deliver"]
 
 
-def _task(name: Bell, **options: Any) -> Callable[[Callable[[Any], None]], Any]:
+def _task(name: Task, **options: Any) -> Callable[[Callable[[Any], None]], Any]:
     """A Celery task that never raises: Celery would log the exception's text, which may hold patient data.
 
-    What went wrong stands in the ledger by then, which owes the work again.
+    The ledger has recorded the error by then, and that the work is due again.
     """
 
     def register(function: Callable[[Any], None]) -> Any:
@@ -104,38 +107,38 @@ def _task(name: Bell, **options: Any) -> Callable[[Callable[[Any], None]], Any]:
 
 @_task("analyse", time_limit=ANALYSIS_LIMIT_S)
 def analyse(row: int) -> None:
-    """Analyse a series, or one that is more urgent, make its objects, and owe them to the peers of its route."""
+    """Analyse a series, or one that is more urgent, make its objects, and record which peers get them."""
     here = node()
     row = here.ledger.next_analysis(row)
-    with here.ledger.lease("analyse", row) as lease:
+    with here.ledger.lease(AnalysisJob, row) as lease:
         if lease is None or recording.gave_way(here, lease):
             return
         work = recording.begin(here, row)
         made = _make(here, work)
-        bells = recording.record(here, lease, work, made)
+        peers = recording.record(here, lease, work, made)
         log.info("analysed", series=work.series_uid, outcome=made.reason)
-    ring("deliver", bells)
+    dispatch("deliver", peers)
 
 
 @_task("deliver")
 def deliver(peer: str) -> None:
-    """Send what is owed to a peer."""
+    """Send what is due for a peer."""
     here = node()
     me = here.settings.listener.ae_title
     Outbox(here.ledger, here.results, peer, here.settings.peers.get(peer), me, _stopping).work_off()
 
 
-def ring(bell: Bell, what: Iterable[int | str]) -> None:
-    """Tell the workers of work; without a broker it is left to the sweep."""
+def dispatch(task: Task, what: Iterable[int | str]) -> None:
+    """Notify the workers of work; without a broker it is left to the sweep."""
     try:
         for one in what:
-            app.send_task(bell, (one,))
+            app.send_task(task, (one,))
     except OperationalError:
-        log.warning("the broker does not answer; the sweep will ring again")
+        log.warning("the broker does not answer; the sweep will dispatch again")
 
 
 def sweep(here: Node) -> None:
-    """Ring again for what the ledger owes and nobody works on; harmless in any number of processes."""
+    """Dispatch again what is due and nobody works on; harmless in any number of processes."""
     try:
         with app.connection_for_write(connect_timeout=2) as connection:
             analyses, deliveries = (_length(connection, queue) for queue in ("analyse", "deliver"))
@@ -143,9 +146,9 @@ def sweep(here: Node) -> None:
         log.warning("the broker does not answer; nothing is lost, work goes on when it is back")
         return
     if analyses < FULL_QUEUE:
-        ring("analyse", here.ledger.analyses_owed())
+        dispatch("analyse", here.ledger.analyses_due())
     if deliveries < FULL_QUEUE:
-        ring("deliver", here.ledger.peers_owed())
+        dispatch("deliver", here.ledger.peers_due())
 
 
 class Sweeper(threading.Thread):
@@ -157,7 +160,7 @@ class Sweeper(threading.Thread):
         self._stop_asked = threading.Event()
 
     def run(self) -> None:
-        """Sweep; an error is told and the next sweep goes on."""
+        """Sweep; an error is logged and the next sweep goes on."""
         for n in itertools.count():
             if self._stop_asked.wait(SWEEP_S):
                 return
@@ -179,14 +182,14 @@ class Sweeper(threading.Thread):
 def _make(here: Node, work: recording.Work) -> recording.Made:
     """Analyse and build; a series that cannot be analysed gets the objects that say so."""
     work.folder.mkdir(parents=True, exist_ok=True)
-    if work.gave_up is not None:
+    if work.failure is not None:
         failed = _not_analysed(work, "the analysis failed; the administrator of lungnode can see why")
-        return recording.Made("failed", f"failed: {work.gave_up}", failed.objects)
+        return recording.Made(State.FAILED, f"failed: {work.failure}", failed.objects)
     if work.not_analysed is not None:
         return _not_analysed(work, work.not_analysed)
     told, what = _told(here, work), run.Work(work.method, work.paths, work.note)
     try:
-        volume, outcome = run.analyse(what, here.settings, told, lambda why: told(f"goes on on the CPU: {why}", 0.0))
+        volume, outcome = run.analyse(what, here.settings, told, lambda why: _on_cpu(here, work, why))
     except VolumeError as refusal:
         return _not_analysed(work, str(refusal))
     made = makers.build(
@@ -199,25 +202,32 @@ def _make(here: Node, work: recording.Work) -> recording.Made:
         earlier=priors.results_of(here.ledger, here.spool, work.row, outcome.models),
         part=work.part,
     )
-    return recording.Made("done", outcome.brief, made, plain(outcome))
+    return recording.Made(State.DONE, outcome.brief, made, plain(outcome))
 
 
 def _told(here: Node, work: recording.Work) -> Callable[[str, float], None]:
-    """A progress callback that writes an event line whenever a new stage begins."""
+    """A progress callback that records an event whenever a new stage begins."""
     told: set[str] = set()
 
     def progress(stage: str, _done: float) -> None:
         if stage not in told:
             told.add(stage)
             with here.ledger() as session:
-                here.ledger.tell_of(session, session.get_one(Analysis, work.row), stage)
+                analysis = session.get_one(AnalysisJob, work.row)
+                record_event(session, analysis, EventKind.ANALYSIS_STAGE, stage=stage)
 
     return progress
 
 
+def _on_cpu(here: Node, work: recording.Work, why: str) -> None:
+    with here.ledger() as session:
+        analysis = session.get_one(AnalysisJob, work.row)
+        record_event(session, analysis, EventKind.CONTINUED_ON_CPU, reason=why)
+
+
 def _not_analysed(work: recording.Work, reason: str) -> recording.Made:
-    if not work.tell:
-        return recording.Made("refused", f"not analysed: {reason}", [])
+    if not work.report:
+        return recording.Made(State.REFUSED, f"not analysed: {reason}", [])
     made = makers.not_analysed(
         all_headers(work.paths),
         reason,
@@ -227,11 +237,11 @@ def _not_analysed(work: recording.Work, reason: str) -> recording.Made:
         part=work.part,
         subject=run.subject_of(work.method),
     )
-    return recording.Made("refused", f"not analysed: {reason}", made)
+    return recording.Made(State.REFUSED, f"not analysed: {reason}", made)
 
 
 def _length(connection: Any, queue: str) -> int:
-    """Bells waiting in a queue; 0 for a queue that does not exist yet."""
+    """Tasks waiting in a queue; 0 for a queue that does not exist yet."""
     return int(connection.default_channel.client.llen(queue))
 
 

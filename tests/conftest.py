@@ -23,14 +23,15 @@ import httpx
 import hypothesis
 import pytest
 
-from node.cli import render
 from node.delivery import outbox as outbox_module
 from node.installation import LEDGER, Node
 from node.intake import closing
 from node.intake.assembly import ClosedSeries
 from node.intake.verdict import Verdict
-from node.ledger import store as ledger_module
-from node.ledger.store import Ledger
+from node.ledger import views
+from node.ledger.leases import Backoff, Timeouts
+from node.ledger.ledger import Ledger
+from node.ledger.transitions import Kind
 from node.methods import registry
 from node.network import associations
 from node.network.settings import configure
@@ -116,10 +117,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
+class Clock:
+    """Stands in for the wall clock of a ledger."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+#: Timeouts of a ledger that a test has time for: a backoff of a fraction of a second, a fifth of one for a lock.
+SHORT = Timeouts(lease_s=0.6, busy_s=0.2, backoff=dict.fromkeys(Kind, Backoff(0.05, 1.3, 0.3)))
+
+
 @pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    """An empty ledger on disk."""
-    made = Ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
+def clock() -> Clock:
+    """The clock of this test's `ledger`."""
+    return Clock()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Ledger]:
+    """An empty ledger on disk, by the test's `clock` and with `short_waits` where it asks for them."""
+    wall = request.getfixturevalue("clock") if "clock" in request.fixturenames else time.time
+    waits = Timeouts(backoff=SHORT.backoff) if "short_waits" in request.fixturenames else Timeouts()
+    made = Ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}", wall, waits)
     made.migrate()
     yield made
     made.engine.dispose()
@@ -135,10 +158,9 @@ def results(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Waits of the delivery that a test has time for."""
+    """Waits of the delivery that a test has time for; those of the `ledger` are short, too."""
     monkeypatch.setattr(outbox_module, "LINGER_S", 0.0)
     monkeypatch.setattr(associations, "TIMEOUT_S", 2.0)
-    monkeypatch.setattr(ledger_module, "backoff_s", lambda _work, attempts: 0.05 * attempts)
     yield
     gc.collect()  # sockets that pynetdicom dropped, while the test's filter of warnings is in force
 
@@ -312,7 +334,7 @@ class RunningNode:
     def states(self) -> dict[str, str]:
         """Where each series stands, by its UID: for those who wait, as the command takes seconds of a core."""
         ledger = Ledger(f"sqlite:///{self.settings_file.parent / 'var' / LEDGER}")
-        return {series.series_instance_uid: render.state(series) for series in render.all_series(ledger)}
+        return {series.series_instance_uid: series.state for series in views.all_series(ledger)}
 
     def status(self) -> list[dict[str, Any]]:
         """What `lungnode status --json` prints."""

@@ -25,8 +25,8 @@ pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 
 KINDS = ["infection-seg", "lung-seg", "sr", "capture"]
 
-#: Of the phantoms: slices, rows, columns.
-SHAPE = (40, 128, 128)
+#: Of the phantoms: slices, rows, columns, and their distances in mm; 200 mm of a chest.
+CHEST: dict[str, Any] = {"shape": (40, 128, 128), "spacing": (5.0, 3.0, 3.0)}
 
 
 def settings(orthanc: Orthanc) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def test_covid_case_from_storescu_to_orthanc(
 def test_two_acquisitions_reach_orthanc_and_the_terminal_tells(
     node: RunningNode, archive: Orthanc, tmp_path: Path
 ) -> None:
-    ct = [write_series(phantom(3, severity=2, shape=SHAPE), tmp_path / "ct", 3, acquisition) for acquisition in (1, 2)]
+    ct = [write_series(phantom(3, severity=2, **CHEST), tmp_path / "ct", 3, acquisition) for acquisition in (1, 2)]
     storescu(tmp_path / "ct", node)
     first = dcmread(ct[0][0])
     series = wait_until_finished(node, first.SeriesInstanceUID)
@@ -168,14 +168,14 @@ def test_two_acquisitions_reach_orthanc_and_the_terminal_tells(
 def test_dead_pacs_owes_and_retry_delivers(tmp_path: Path, orthanc: Orthanc) -> None:
     wrong = settings(orthanc)
     alive, wrong["peers"]["pacs"]["port"] = wrong["peers"]["pacs"]["port"], 1
-    paths = write_series(phantom(3, severity=2, shape=SHAPE), tmp_path / "ct", 3)
+    paths = write_series(phantom(3, severity=2, **CHEST), tmp_path / "ct", 3)
     with running_node(tmp_path / "node", wrong) as node:
         storescu(tmp_path / "ct", node)
         wait_for(lambda: list(node.states().values()) == ["delivering"], 120, "the objects to be owed")
         wait_for(lambda: "no connection to ORTHANC" in node.command("status", "1").stdout, 120, "the refusal")
         assert node.status()[0]["state"] == "delivering"
         assert node.command("echo", "pacs").returncode == 1
-        assert "owed again" in node.command("retry", "1").stdout
+        assert "will be tried again now" in node.command("retry", "1").stdout
     wrong["peers"]["pacs"]["port"] = alive
     with running_node(tmp_path / "node", wrong) as node:
         wait_until_finished(node, dcmread(paths[0]).SeriesInstanceUID)
@@ -185,7 +185,7 @@ def test_dead_pacs_owes_and_retry_delivers(tmp_path: Path, orthanc: Orthanc) -> 
 def test_series_that_cannot_be_analysed_is_told_in_its_study(
     node: RunningNode, archive: Orthanc, tmp_path: Path
 ) -> None:
-    paths = write_series(phantom(4, severity=0, shape=SHAPE), tmp_path / "ct", 4)
+    paths = write_series(phantom(4, severity=0, **CHEST), tmp_path / "ct", 4)
     paths[len(paths) // 2].unlink()
     storescu(tmp_path / "ct", node)
     series = wait_until_finished(node, dcmread(paths[0]).SeriesInstanceUID)

@@ -17,7 +17,7 @@ from node import tasks
 from node.analysis.priors import _header
 from node.cli.demo import _archive
 from node.config import Peer, Settings
-from node.ledger.store import Analysis, Series
+from node.ledger.tables import AnalysisJob, Series
 from node.paths import InvalidUIDError, UnsafePathError, valid_uid, within
 
 FOLDER = Path("/data/spool")
@@ -92,9 +92,9 @@ def test_series_whose_row_leads_elsewhere_is_neither_read_nor_written(tmp_path: 
         )
         assert row is not None
         mine = ["/etc/passwd"] if where == "analysis" else None
-        row.analyses.append(Analysis(route="r", destinations={}, instances=mine))
+        row.analyses.append(AnalysisJob(route="r", destinations={}, instances=mine))
     with here.ledger.read() as session:
-        analysis = session.scalars(select(Analysis.id)).one()
+        analysis = session.scalars(select(AnalysisJob.id)).one()
     with pytest.raises(UnsafePathError):
         tasks._begin(here, analysis)
     (tmp_path / "var" / "secret.dcm").write_bytes(b"x")

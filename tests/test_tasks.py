@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import series_closed
+from conftest import Clock, series_closed
 from pydicom import dcmread
 
 from models.phantom.phantom import phantom
@@ -15,39 +17,31 @@ from models.registry import BundleError
 from models.runtime import CardMemoryError
 from node import tasks
 from node.cli.folder import closed_folder
-from node.cli.render import all_series, deliveries, silent_peers, state
 from node.config import Settings
 from node.images.phantom_series import write_series
 from node.images.volume import VolumeError
 from node.installation import Node
 from node.intake import closing
 from node.intake.assembly import ClosedSeries
-from node.ledger import store as ledger_module
-from node.ledger.store import MAX_ANALYSIS_ATTEMPTS, MAX_BACKOFF_S
+from node.ledger.leases import MAX_ANALYSIS_ATTEMPTS, MAX_BACKOFF_S
+from node.ledger.views import all_series, unreachable_peers
 from node.methods.pneumonia import method, pipeline
 
 
-class Clock:
-    """Stands in for the wall clock of the ledger."""
-
-    now = 1_000_000.0
-
-    def time(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def rung(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | str]]:
-    bells: list[tuple[str, int | str]] = []
-    monkeypatch.setattr(tasks, "ring", lambda work, rows: bells.extend((work, row) for row in rows))
-    monkeypatch.setattr(closing, "_dispatch", lambda _, rows: bells.extend(("analyse", row) for row in rows))
-    return bells
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | str]]:
+    made: list[tuple[str, int | str]] = []
+    monkeypatch.setattr(tasks, "dispatch", lambda work, rows: made.extend((work, row) for row in rows))
+    monkeypatch.setattr(closing, "_dispatch", lambda _, rows: made.extend(("analyse", row) for row in rows))
+    return made
 
 
-def make_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **route: Any) -> Node:
+def make_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Callable[[], float] = time.time, **route: Any
+) -> Node:
     peers = {"pacs": {"ae_title": "PACS", "host": "127.0.0.1", "port": 104}}
     routes = [{"name": "chest", "to": {"pacs": ["infection-seg", "sr", "capture"]}, **route}]
-    here = Node.open(Settings.model_validate({"data": tmp_path / "var", "peers": peers, "routes": routes}))
+    here = Node.open(Settings.model_validate({"data": tmp_path / "var", "peers": peers, "routes": routes}), clock)
     monkeypatch.setattr(tasks, "node", lambda: here)
     return here
 
@@ -67,28 +61,28 @@ def receive(here: Node, *, complete: bool = True, **tags: str) -> ClosedSeries:
 
 
 def test_routed_chest_ct_is_owed_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dispatched: list[tuple[str, int | str]]
 ) -> None:
     here = make_node(tmp_path, monkeypatch)
     series_closed(here, receive(here))
-    assert rung == [("analyse", 1)]
+    assert dispatched == [("analyse", 1)]
     (series,) = all_series(here.ledger)
-    assert state(series) == "waiting"
+    assert series.state == "waiting"
     assert series.verdict.startswith("route 'chest': axial chest CT, 40 slices")
 
 
 @pytest.mark.parametrize("route", [{"from": ["pacs"], "when": {"StationName": "OTHER"}}, {"when": {"Modality": "MR"}}])
 def test_series_that_no_route_takes_is_kept_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]], route: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dispatched: list[tuple[str, int | str]], route: dict[str, Any]
 ) -> None:
     here = make_node(tmp_path, monkeypatch, **route)
     receive(here)
     (series,) = all_series(here.ledger)
-    assert (state(series), series.verdict, rung) == ("kept", "not analysed: no route takes it", [])
+    assert (series.state, series.verdict, dispatched) == ("kept", "not analysed: no route takes it", [])
 
 
 def test_header_that_cannot_be_read_ends_in_sight(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dispatched: list[tuple[str, int | str]]
 ) -> None:
     here = make_node(tmp_path, monkeypatch)
     closed = receive(here)
@@ -102,22 +96,26 @@ def test_header_that_cannot_be_read_ends_in_sight(
 
 @pytest.mark.parametrize(("tell", "kinds"), [(True, {"sr", "capture"}), (False, set())])
 def test_incomplete_series_is_told_where_the_route_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]], tell: bool, kinds: set[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dispatched: list[tuple[str, int | str]],
+    tell: bool,
+    kinds: set[str],
 ) -> None:
     here = make_node(tmp_path, monkeypatch, tell_not_analysed=tell)
     receive(here, complete=False)
-    for _, row in list(rung):
+    for _, row in list(dispatched):
         tasks.analyse(row)
     (series,) = all_series(here.ledger)
     assert {made.kind for analysis in series.analyses for made in analysis.objects} == kinds
-    assert state(series) == ("delivering" if tell else "kept")
+    assert series.state == ("delivering" if tell else "kept")
 
 
 def test_analysis_that_keeps_failing_tells_the_study_and_names_no_patient(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dispatched: list[tuple[str, int | str]]
 ) -> None:
-    here, clock = make_node(tmp_path, monkeypatch), Clock()
-    monkeypatch.setattr(ledger_module, "time", clock)
+    clock = Clock()
+    here = make_node(tmp_path, monkeypatch, clock)
 
     def fail(*_: Any) -> None:
         raise errors.pop(0)
@@ -141,10 +139,10 @@ def test_analysis_that_keeps_failing_tells_the_study_and_names_no_patient(
 
 
 def test_file_that_cannot_be_read_is_named_and_the_study_is_told_by_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dispatched: list[tuple[str, int | str]]
 ) -> None:
-    here, clock = make_node(tmp_path, monkeypatch), Clock()
-    monkeypatch.setattr(ledger_module, "time", clock)
+    clock = Clock()
+    here = make_node(tmp_path, monkeypatch, clock)
     path = receive(here).paths[0]
     away = path.rename(tmp_path / "away")
     path.symlink_to("/proc/self/mem")  # EIO, as of a bad sector
@@ -170,21 +168,21 @@ def refuse(*_: Any, **__: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*socket:pytest.PytestUnraisableExceptionWarning")
 def test_what_cannot_be_sent_stays_owed_and_waits_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dispatched: list[tuple[str, int | str]]
 ) -> None:
     here = make_node(tmp_path, monkeypatch)
     receive(here, complete=False)
     tasks.analyse(1)
-    assert rung[-1] == ("deliver", "pacs")
+    assert dispatched[-1] == ("deliver", "pacs")
     tasks.deliver("pacs")
     (series,) = all_series(here.ledger)
-    owed = deliveries(series)
+    owed = series.deliveries
     assert {(one.state, one.attempts) for one in owed} == {("waiting", 0)}
     assert {one.reason for one in owed} == {"no connection to PACS at 127.0.0.1:104"}
-    (told,) = silent_peers(here.ledger)
-    assert "no connection to PACS" in told
-    assert "2 objects wait" in told
-    assert state(series) == "delivering"
+    (told,) = unreachable_peers(here.ledger)
+    assert "no connection to PACS" in told.reason
+    assert told.waiting == 2
+    assert series.state == "delivering"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +192,7 @@ def test_what_cannot_be_sent_stays_owed_and_waits_together(
 def test_urgent_by_route_or_by_the_priority_of_the_request(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    rung: list[tuple[str, int | str]],
+    dispatched: list[tuple[str, int | str]],
     route: dict[str, Any],
     tags: dict[str, str],
     urgent: bool,
@@ -205,21 +203,21 @@ def test_urgent_by_route_or_by_the_priority_of_the_request(
     assert series.analyses[0].urgent == urgent
 
 
-def test_sweeps_in_several_processes_ring_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
+def test_sweeps_in_several_processes_dispatch_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dispatched: list[tuple[str, int | str]]
 ) -> None:
     here = make_node(tmp_path, monkeypatch)
     receive(here)
     other = Node.open(here.settings)
-    rung.clear()
+    dispatched.clear()
     for _ in range(3):
-        tasks.ring("analyse", here.ledger.analyses_owed())
-        tasks.ring("analyse", other.ledger.analyses_owed())
-    assert rung == [("analyse", 1)]
+        tasks.dispatch("analyse", here.ledger.analyses_due())
+        tasks.dispatch("analyse", other.ledger.analyses_due())
+    assert dispatched == [("analyse", 1)]
 
 
 def test_card_without_memory_leaves_the_analysis_to_the_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: list[tuple[str, int | str]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dispatched: list[tuple[str, int | str]]
 ) -> None:
     here, devices = make_node(tmp_path, monkeypatch), list[str | None]()
 

@@ -19,7 +19,10 @@ from PIL import Image, ImageDraw
 
 from node import text
 from node.cli import render
-from node.ledger.store import Ledger
+from node.ledger import views
+from node.ledger.events import EventKind
+from node.ledger.ledger import Ledger
+from node.ledger.record import record_event
 from node.results.capture.pages import not_analysed_page
 from node.results.capture.typesetting import write
 from node.terminal import Terminal, cell
@@ -83,12 +86,13 @@ def test_rows_of_an_older_ledger_are_harmless_wherever_they_are_read(ledger: Led
     with ledger() as session:
         series = ledger.add_series(session, "1.2", "1.1", ["1.2.1"], calling_ae="A", **values)
         assert series is not None
-        ledger.tell(session, series.id, "triage", "to be replaced")
+        record_event(session, series.id, EventKind.TRIAGED, decision="to be replaced")
     bad = (HOSTILE + "A" * 5_000_000).encode("utf-8", "surrogatepass").decode("utf-8", "ignore")
     with ledger() as session:  # as a version did that bounded nothing
-        for statement in ("UPDATE events SET text=?, stage=?", "UPDATE series SET verdict=?, calling_ae=?"):
-            session.connection().exec_driver_sql(statement, (bad, bad))
-    (one,) = render.all_series(ledger)
+        connection = session.connection()
+        connection.exec_driver_sql("UPDATE events SET data=?, stage=?", (json.dumps({"decision": bad}), bad))
+        connection.exec_driver_sql("UPDATE series SET verdict=?, calling_ae=?", (bad, bad))
+    (one,) = views.all_series(ledger)
     assert {len(one.verdict), len(one.events[0].text)} == {SENTENCE_LENGTH}
     file = io.StringIO()
     console = Terminal(file=file, width=100, force_terminal=True, color_system=None)
@@ -97,7 +101,7 @@ def test_rows_of_an_older_ledger_are_harmless_wherever_they_are_read(ledger: Led
     assert not harmful(shown, lines=True)
     assert "[bold" in shown
     assert max(map(len, shown.splitlines())) <= 100
-    assert not harmful(json.dumps(render.as_json([one]), ensure_ascii=False))
+    assert not harmful(json.dumps(views.as_json(one), ensure_ascii=False))
 
 
 def test_what_is_written_to_the_ledger_is_bounded(ledger: Ledger) -> None:

@@ -14,7 +14,9 @@ from sqlalchemy import select
 
 from models.registry import ModelIdentity
 from node.images.received import read_received
-from node.ledger.store import Analysis, Ledger, Series
+from node.ledger.ledger import Ledger
+from node.ledger.tables import AnalysisJob, Series
+from node.ledger.transitions import State
 from node.methods import registry
 from node.methods.outcome import Earlier
 from node.paths import within
@@ -34,11 +36,11 @@ def results_of(ledger: Ledger, spool: Path, analysis: int, models: tuple[ModelId
     """
     first_of = Series.instances[0].as_string()
     with ledger.read() as session:
-        mine = session.get_one(Analysis, analysis)
+        mine = session.get_one(AnalysisJob, analysis)
         first = session.scalars(select(first_of).where(Series.id == mine.series_id)).one()
-        done = select(first_of, Analysis).join(Analysis.series).where(Analysis.state == "done")
-        others = done.where(Series.id != mine.series_id, Analysis.method == mine.method)
-        latest_first = others.order_by(Analysis.id.desc())
+        done = select(first_of, AnalysisJob).join(AnalysisJob.series).where(AnalysisJob.state == State.DONE)
+        others = done.where(Series.id != mine.series_id, AnalysisJob.method == mine.method)
+        latest_first = others.order_by(AnalysisJob.id.desc())
         candidates = [(name, one) for name, one in session.execute(latest_first.limit(LOOKED_AT)) if one.summary]
     if (here := _header(spool, first)) is None or (today := _day(here)) is None or not here.get("PatientID"):
         return []

@@ -33,7 +33,8 @@ from node.identity import application_entity
 from node.images.phantom_series import write_series
 from node.installation import Node
 from node.intake.store import CANNOT_UNDERSTAND
-from node.ledger.store import Series
+from node.ledger import views
+from node.ledger.views import SeriesView
 from node.network.associations import VERIFICATION, PeerError, echo
 from node.operations.supervisor import LUNGNODE
 from node.paths import InvalidUIDError, valid_uid, within
@@ -184,13 +185,13 @@ def _send(items: list[Outgoing], me: Peer, console: Console) -> None:
         raise DemoError(f"the node refused {len(refused)} instances: {refused[0]}")
 
 
-def _follow(here: Node, console: Console) -> Series:
-    """Print each event as it happens, until nothing more is owed."""
+def _follow(here: Node, console: Console) -> SeriesView:
+    """Print each event as it happens, until nothing more is due."""
     deadline, shown = time.monotonic() + GIVE_UP_S, 0
     quiet = time.monotonic() + here.settings.listener.quiet_period_s + START_S
     with console.status("waiting for the series to be closed …") as spinner:
         while time.monotonic() < deadline:
-            everything = render.all_series(here.ledger)
+            everything = views.all_series(here.ledger)
             events = sorted((event for series in everything for event in series.events), key=lambda one: one.id)
             for event in events[shown:]:
                 line = Text.assemble(
@@ -199,7 +200,7 @@ def _follow(here: Node, console: Console) -> Series:
                 console.print(line)
                 spinner.update(cell(f"{event.stage}: {event.text}"))
             shown = len(events)
-            states = {render.state(series) for series in everything}
+            states = {series.state for series in everything}
             analysed = [series for series in everything if series.analyses]
             if everything and not states & {"waiting", "running", "delivering"}:
                 if analysed:
@@ -210,7 +211,7 @@ def _follow(here: Node, console: Console) -> Series:
     raise DemoError(f"nothing came back in {GIVE_UP_S:.0f} s; see the log")
 
 
-def _show(series: Series, out: Path, console: Console) -> None:
+def _show(series: SeriesView, out: Path, console: Console) -> None:
     if not series.analyses:
         raise DemoError(series.verdict)
     for number, analysis in enumerate(series.analyses, 1):
@@ -229,7 +230,7 @@ def _show(series: Series, out: Path, console: Console) -> None:
                 picture = out / (f"overlay-{number}.png" if number > 1 else "overlay.png")
                 _picture(received, picture)
                 console.print(f"{'picture':14} {_short(picture)}", soft_wrap=True)
-    state = render.state(series)
+    state = series.state
     if state not in ("delivered", "not analysed"):
         raise DemoError(f"the journey ended as '{state}'; see {out / 'node.log'}")
 

@@ -22,7 +22,10 @@ from node.methods.registry import DEFAULT, MethodError
 from node.terminal import err, fail, out, progress
 
 if TYPE_CHECKING:
-    from node.ledger.store import Ledger
+    from collections.abc import Iterable
+
+    from node.ledger.ledger import Ledger
+    from node.ledger.views import SeriesView
 
 app = typer.Typer(
     name="lungnode",
@@ -91,7 +94,7 @@ def up(config: Config = None) -> None:
             Supervisor(commands, _environment(config, url)).run(stop, started)
     except BrokerError as error:
         fail(str(error))
-    err.print("stopped; what is still owed stands in the ledger.")
+    err.print("stopped; the ledger keeps what is still due.")
 
 
 @app.command()
@@ -119,7 +122,7 @@ def listen(config: Config = None) -> None:
             listener = closing.intake(
                 here,
                 accepts=lambda method, closed: registry.find(method).accepts(closed),
-                dispatch=lambda rows: tasks.ring("analyse", rows),
+                dispatch=lambda rows: tasks.dispatch("analyse", rows),
                 contexts=contexts,
                 handlers=handlers,
                 reporters=commitment.reporters(settings),
@@ -287,12 +290,15 @@ def echo(
 @app.command()
 def status(
     series: Annotated[str | None, typer.Argument(help="Number or UID of a series, for its timeline.")] = None,
+    page: Annotated[int, typer.Option(min=1, help="Which page of the series, newest first.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Series on a page: 200; with --json, all of them.")] = None,
     as_json: Json = False,
     config: Config = None,
 ) -> None:
-    """Show what was received, what became of it, and what is still owed."""
-    from node.cli import render as view
+    """Show what was received, what became of it, and what is still due."""
+    from node.cli import render
     from node.files import retention
+    from node.ledger import views
     from node.operations.broker import trouble
 
     ledger = _ledger(config)
@@ -300,24 +306,29 @@ def status(
     for warning in () if as_json else (retention.pressure(settings), trouble(settings)):
         if warning:
             err.print(warning, style="yellow")
-    if series is None:
-        everything = view.all_series(ledger)
+    if series is not None:
+        one = views.find(ledger, series)
+        if one is None:
+            fail(f"no series {series}; `lungnode status` lists them")
         if as_json:
-            print(json.dumps(view.as_json(everything), indent=2))
-        elif everything:
-            out.print(view.table(everything))
-            for line in view.silent_peers(ledger):
-                out.print(line, style="yellow")
+            print(json.dumps(views.as_json(one), indent=2))
         else:
-            out.print(f"nothing received yet ({ledger.engine.url.database})", soft_wrap=True)
+            out.print(render.timeline(one))
         return
-    one = view.find(ledger, series)
-    if one is None:
-        fail(f"no series {series}; `lungnode status` lists them")
+    if as_json and limit is None and page == 1:
+        _print_json(views.every_series(ledger))
+        return
+    shown = views.page(ledger, page, limit or views.PAGE)
     if as_json:
-        print(json.dumps(view.as_json([one])[0], indent=2))
-    else:
-        out.print(view.timeline(one))
+        _print_json(shown.series)
+    elif shown.series:
+        out.print(render.table(shown.series))
+        for peer in views.unreachable_peers(ledger):
+            out.print(render.unreachable(peer), style="yellow")
+    elif not shown.total:
+        out.print(f"nothing received yet ({ledger.engine.url.database})", soft_wrap=True)
+    if shown.note:
+        (err if as_json else out).print(shown.note)
 
 
 @app.command()
@@ -329,16 +340,16 @@ def retry(
     config: Config = None,
 ) -> None:
     """Try again, now, what failed, was refused, or waits for its next attempt."""
-    from node.cli import render as view
+    from node.ledger import views
 
     ledger = _ledger(config)
     if everything == (series is not None):
         fail("name a series, or --all")
-    one = view.find(ledger, series) if series else None
+    one = views.find(ledger, series) if series else None
     if series and one is None:
         fail(f"no series {series}; `lungnode status` lists them")
     count = sum(ledger.retry(row) for row in ([one.id] if one else ledger.series_ids()))
-    out.print(f"{count} owed again" if count else "nothing failed, was refused or waits")
+    out.print(f"{count} will be tried again now" if count else "nothing failed, was refused or waits")
 
 
 @app.command()
@@ -414,7 +425,7 @@ def _ledger(config: Path | None) -> Ledger:
 
     from node.files import retention
     from node.installation import LEDGER
-    from node.ledger.store import Ledger
+    from node.ledger.ledger import Ledger
 
     settings = _settings(config)
     file = settings.data / LEDGER
@@ -427,6 +438,17 @@ def _ledger(config: Path | None) -> Ledger:
         mend = retention.pressure(settings) or "look at its file system, and at what else has it open"
         fail(f"the ledger cannot be opened now ({error.orig}), what it holds is kept: {mend}")
     return ledger
+
+
+def _print_json(series: Iterable[SeriesView]) -> None:
+    """Print a JSON array, one series after the other: there may be very many."""
+    from node.ledger.views import as_json
+
+    separator = "["
+    for one in series:
+        print(separator, json.dumps(as_json(one), indent=2), sep="\n")
+        separator = ","
+    print("]" if separator == "," else "[]")
 
 
 def _environment(config: Path | None, broker_url: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Storage commitment, Push Model (PS3.4 annex J): asking a peer to keep what it took, and hearing its answers.
 
-A request names the objects under a Transaction UID that is never used twice and stands in the ledger before it goes
-out. The answer comes by N-EVENT-REPORT, soon on the same association or later on one that the peer opens to our
+A request names the objects under a Transaction UID that is never used twice and is recorded in the ledger before it
+goes out. The answer comes by N-EVENT-REPORT, soon on the same association or later on one that the peer opens to our
 listener. What the peer committed to is 'confirmed'; what it did not is sent again; what it never speaks of is asked for
 again, for about a day.
 """
@@ -9,7 +9,6 @@ again, for about a day.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
@@ -23,7 +22,11 @@ from sqlalchemy import ScalarResult, delete, select, update
 from sqlalchemy.orm import Session
 
 from node.config import Peer, Settings
-from node.ledger.store import Commitment, Delivery, Ledger, Object, backoff_s, free
+from node.ledger.events import EventKind
+from node.ledger.ledger import Ledger
+from node.ledger.record import move, now, record_event
+from node.ledger.tables import Commitment, Delivery, Object
+from node.ledger.transitions import Kind, State
 from node.network.associations import NobodyThereError, PeerError, answering_association, hexadecimal, status_of
 from node.telemetry.logs import plainly
 from node.text import UID as UID_FORM
@@ -57,7 +60,7 @@ _CLASS_NOT_SUPPORTED: Final = 0x0122
 
 
 def ask(ledger: Ledger, name: str, peer: Peer, calling_ae: str, stopping: threading.Event) -> None:
-    """Ask for all commitments of a peer that are due, until `stopping` is set; the caller has the line to it.
+    """Ask for all commitments of a peer that are due, until `stopping` is set; the caller has its lease.
 
     A peer that rejects the request in whatever way may well take objects: it is asked again later, and nothing waits.
 
@@ -103,15 +106,14 @@ def ask(ledger: Ledger, name: str, peer: Peer, calling_ae: str, stopping: thread
 
 def ask_no_more(ledger: Ledger, name: str) -> None:
     """End what still waits for the commitment of a peer that is not asked for any by the settings of today."""
-    waits = (Delivery.peer == name, Delivery.state == "waiting", Delivery.stored_at.is_not(None))
+    waits = (Delivery.peer == name, Delivery.state == State.STORED)
     with ledger.read() as session:
         if session.scalar(select(Delivery.id).where(*waits).limit(1)) is None:
             return
     with ledger() as session:
         for row in session.scalars(select(Delivery).where(*waits)):
-            row.state, row.finished_at = "done", time.time()
-            row.reason = f"{row.object.kind} delivered; its confirmation by {name} is no longer asked for"
-            ledger.tell_of(session, row, row.reason)
+            kind = EventKind.CONFIRMATION_DROPPED
+            move(session, row, State.DONE, reason=record_event(session, row, kind, object=row.object.kind, peer=name))
 
 
 def services(ledger: Ledger, settings: Settings) -> tuple[list[PresentationContext], list[tuple[Any, ...]]]:
@@ -151,51 +153,50 @@ def report(
 
     An answer to an earlier request counts as well when it is good news; a failure counts only under the newest.
     """
-    now = time.time()
     with ledger() as session:
         transaction = session.get(Commitment, uid)
         if transaction is None or not may_report(transaction.peer):
             return False
-        transaction.answered_at = now
+        transaction.answered_at = now(session)
         named = (Delivery.peer == transaction.peer, Object.sop_instance_uid.in_([*kept, *failed]))
-        awaited = (Delivery.state == "waiting", Delivery.stored_at.is_not(None))
-        for delivery in session.scalars(select(Delivery).join(Delivery.object).where(*named, *awaited)):
-            kind, peer = delivery.object.kind, delivery.peer
+        stored = select(Delivery).join(Delivery.object).where(*named, Delivery.state == State.STORED)
+        for delivery in session.scalars(stored):
+            what = {"object": delivery.object.kind, "peer": delivery.peer}
             if delivery.object.sop_instance_uid in kept:
-                delivery.state, delivery.finished_at = "confirmed", now
-                delivery.reason = f"{kind} confirmed by {peer}"
-            elif delivery.transaction_uid != uid:
-                continue
-            else:
-                why = failed[delivery.object.sop_instance_uid]
-                delivery.stored_at = None
-                delivery.reason = f"{kind} not kept by {peer} (failure reason {hexadecimal(why)})"
-                if why == _CLASS_NOT_SUPPORTED:
-                    delivery.state, delivery.finished_at = "refused", now
-                else:
-                    delivery.due_at, delivery.rung_at = now + backoff_s("deliver", delivery.attempts), 0.0
-                    delivery.reason += ", sent again"
-            ledger.tell_of(session, delivery, delivery.reason)
+                words = record_event(session, delivery, EventKind.CONFIRMED, **what)
+                move(session, delivery, State.CONFIRMED, reason=words)
+            elif delivery.transaction_uid == uid:
+                _not_kept(ledger, session, delivery, failed[delivery.object.sop_instance_uid])
     return True
 
 
+def _not_kept(ledger: Ledger, session: Session, delivery: Delivery, why: int) -> None:
+    """Send an object again that the peer says it does not keep, unless it never will."""
+    what = {"object": delivery.object.kind, "peer": delivery.peer, "failure": hexadecimal(why)}
+    delivery.stored_at = None
+    if why == _CLASS_NOT_SUPPORTED:
+        move(session, delivery, State.REFUSED, reason=record_event(session, delivery, EventKind.NOT_KEPT, **what))
+    else:
+        move(session, delivery, State.WAITING, reason=record_event(session, delivery, EventKind.SENT_AGAIN, **what))
+        delivery.due_at = now(session) + ledger.timeouts.backoff_s(Kind.DELIVERY, delivery.attempts)
+
+
 def _begin(ledger: Ledger, name: str, uid: str, *, required: bool) -> list[tuple[str, str]]:
-    """Write down a transaction for what is due: (SOP class UID, SOP instance UID) of its objects."""
-    now = time.time()
-    due = (Delivery.peer == name, Delivery.stored_at.is_not(None), free(Delivery, now))
+    """Record a transaction for what is due: (SOP class UID, SOP instance UID) of its objects."""
     with ledger() as session:
+        due = (Delivery.peer == name, ledger.commitment_due())
         rows = session.scalars(select(Delivery).where(*due).order_by(Delivery.id).limit(BATCH)).all()
         tired = [row for row in rows if row.asks >= MAX_ASKS]
         for row in tired:
-            _unconfirmed(ledger, session, row, f"{name} never confirmed {row.object.kind}", required=required)
+            _unconfirmed(session, row, f"{name} never confirmed {row.object.kind}", required=required)
         asked = [row for row in rows if row.asks < MAX_ASKS]
         first, most = ASK_AGAIN_S
         for row in asked:
-            row.state, row.transaction_uid = "waiting", uid
-            row.due_at = now + min(first * 2**row.asks, most)
+            row.transaction_uid = uid
+            row.due_at = now(session) + min(first * 2**row.asks, most)
             row.asks += 1
         if asked:
-            session.add(Commitment(transaction_uid=uid, peer=name, asked_at=now))
+            session.add(Commitment(transaction_uid=uid, peer=name, asked_at=now(session)))
         return [(row.object.sop_class_uid, row.object.sop_instance_uid) for row in asked]
 
 
@@ -203,13 +204,13 @@ def _take_back(ledger: Ledger, uid: str) -> None:
     """A request that did not reach the peer is none."""
     with ledger() as session:
         session.execute(delete(Commitment).where(Commitment.transaction_uid == uid))
-        mine = update(Delivery).where(Delivery.transaction_uid == uid, Delivery.stored_at.is_not(None))
+        mine = update(Delivery).where(Delivery.transaction_uid == uid, Delivery.state == State.STORED)
         session.execute(mine.values(asks=Delivery.asks - 1, due_at=0.0))
 
 
 def _asked_for(session: Session, uid: str) -> ScalarResult[Delivery]:
     """What a transaction asked for, as far as it still waits."""
-    mine = (Delivery.transaction_uid == uid, Delivery.state == "waiting", Delivery.stored_at.is_not(None))
+    mine = (Delivery.transaction_uid == uid, Delivery.state == State.STORED)
     return session.scalars(select(Delivery).where(*mine))
 
 
@@ -224,12 +225,12 @@ def _give_up(ledger: Ledger, uid: str, reason: str, *, required: bool) -> None:
     """End what a transaction asked for, without the commitment."""
     with ledger() as session:
         for row in _asked_for(session, uid):
-            _unconfirmed(ledger, session, row, reason, required=required)
+            _unconfirmed(session, row, reason, required=required)
 
 
-def _unconfirmed(ledger: Ledger, session: Session, row: Delivery, reason: str, *, required: bool) -> None:
-    row.state, row.reason, row.finished_at = "failed" if required else "done", reason, time.time()
-    ledger.tell_of(session, row, f"delivered, not confirmed: {reason}")
+def _unconfirmed(session: Session, row: Delivery, reason: str, *, required: bool) -> None:
+    move(session, row, State.UNCONFIRMED if required else State.DONE, reason=reason)
+    record_event(session, row, EventKind.UNCONFIRMED, reason=reason)
 
 
 def _heard(ledger: Ledger, event: Any, may_report: Callable[[str], bool]) -> int:

@@ -1,4 +1,4 @@
-"""How long files stay: received series and results are dropped by age, once nothing of them is owed; and how full the
+"""How long files stay: received series and results are dropped by age, once no work on them is due; and how full the
 disk is.
 
 A series goes when its newest file and its newest generation are old enough and all work on all its generations has
@@ -18,7 +18,11 @@ from sqlalchemy import delete, select
 
 from node.config import Settings
 from node.files.series_folder import ASIDE, ATTEMPTS, END, SENDER, files
-from node.ledger.store import SET_ASIDE, Commitment, Ledger, Series
+from node.ledger.events import EventKind
+from node.ledger.ledger import Ledger
+from node.ledger.record import now, record_event
+from node.ledger.tables import SET_ASIDE, Commitment, Series
+from node.ledger.transitions import State
 from node.paths import within
 from node.text import UID
 
@@ -27,7 +31,7 @@ log = structlog.get_logger(__name__)
 _DAY_S = 86400.0
 
 #: States in which work is over for good.
-_FINAL = frozenset(("done", "confirmed", "refused", "superseded"))
+_FINAL = frozenset((State.DONE, State.CONFIRMED, State.REFUSED, State.SUPERSEDED))
 
 
 def pressure(settings: Settings) -> str | None:
@@ -56,8 +60,8 @@ def drop_old(settings: Settings, ledger: Ledger) -> int:
             folder.parent.rmdir()  # the study, once it is empty
         with ledger() as session:
             for series in session.scalars(select(Series).where(Series.series_instance_uid == folder.name)):
-                series.dropped_at = time.time()
-                ledger.tell(session, series.id, "retention", f"files dropped after {settings.retention.days} days")
+                series.dropped_at = now(session)
+                record_event(session, series.id, EventKind.FILES_DROPPED, days=settings.retention.days)
         dropped += 1
     with ledger() as session:
         session.execute(delete(Commitment).where(Commitment.asked_at < before))
@@ -67,7 +71,7 @@ def drop_old(settings: Settings, ledger: Ledger) -> int:
 
 
 def _finished(ledger: Ledger, series_uid: str, before: float) -> bool:
-    """Whether every generation of a series was closed before then and nothing of it is owed or failed."""
+    """Whether every generation of a series was closed before then and no work on it is due or failed."""
     with ledger() as session:
         generations = session.scalars(select(Series).where(Series.series_instance_uid == series_uid)).all()
         works = [analysis for one in generations for analysis in one.analyses]

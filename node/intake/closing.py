@@ -1,4 +1,4 @@
-"""Where intake meets the ledger: the listener of an installation, and the analyses due for a series that it closed."""
+"""Where intake meets the ledger: the listener of an installation, and the work that a closed series makes due."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from node.intake.series_count import Counter
 from node.intake.spool import Spool
 from node.intake.verdict import Verdict
 from node.ledger import superseding
-from node.ledger.store import SET_ASIDE, Analysis, Series
+from node.ledger.events import EventKind
+from node.ledger.record import record_event
+from node.ledger.tables import SET_ASIDE, AnalysisJob, Event, Series
 from node.telemetry import logs
 
 log = structlog.get_logger(__name__)
@@ -225,17 +227,17 @@ def _record(here: Node, judged: _Judged, dispatch: Dispatch) -> None:
         if series is None:
             log.info("received again, unchanged", series=closed.series_instance_uid)
             return
-        here.ledger.tell(session, series.id, "received", f"{len(closed.paths)} instances: {closed.reason}")
-        here.ledger.tell(session, series.id, "triage", decision)
+        record_event(session, series.id, EventKind.RECEIVED, instances=len(closed.paths), reason=closed.reason)
+        record_event(session, series.id, EventKind.TRIAGED, decision=decision)
         for verdict in verdicts:
             if route is not None and (verdict.analyse or (verdict.tell and route.tell_not_analysed)):
                 series.analyses.append(
-                    Analysis(
+                    AnalysisJob(
                         route=route.name,
                         method=route.analysis,
                         urgent=judged.urgent,
                         destinations={peer: list(kinds) for peer, kinds in route.to.items()},
-                        tell=route.tell_not_analysed,
+                        report=route.tell_not_analysed,
                         not_analysed=None if verdict.analyse else verdict.reason.removeprefix("not analysed: "),
                         instances=[str(closed.paths[n].relative_to(here.spool)) for n in verdict.part] or None,
                         acquisition=verdict.acquisition,
@@ -243,10 +245,10 @@ def _record(here: Node, judged: _Judged, dispatch: Dispatch) -> None:
                     )
                 )
         session.flush()
-        superseding.drop_waiting(here.ledger, session, series)
-        bells = [analysis.id for analysis in series.analyses]
+        superseding.drop_waiting(session, series)
+        due = [analysis.id for analysis in series.analyses]
     log.info("triaged", series=closed.series_instance_uid, decision=decision)
-    _dispatch(dispatch, bells)
+    _dispatch(dispatch, due)
 
 
 def _verdicts(closed: ClosedSeries, route: Route | None, accepts: Accepts) -> list[Verdict]:
@@ -267,38 +269,48 @@ def _dispatch(dispatch: Dispatch, analyses: list[int]) -> None:
 
 def conflict_found(here: Node, conflict: Conflict) -> None:
     """Record that another peer sent something else of a series than the peer that it belongs to."""
-    owner, other, what = conflict.belongs_to, conflict.sender, list[str]()
-    if conflict.differing:
-        what.append(f"{conflict.differing} instances with other content than those of {owner}, which are kept")
-    if conflict.extra:
-        what.append(
-            f"{conflict.extra} instances that {owner} did not send; they are kept beside the series and are no part of "
-            f"it, as {other} did not send all {conflict.held} instances of the series with the same content"
-        )
-    text = f"the series belongs to {owner}; {other} sent {', and '.join(what)}"
     with here.ledger() as session:
         mine = select(Series).where(
             Series.study_instance_uid == conflict.study_instance_uid,
             Series.series_instance_uid == conflict.series_instance_uid,
         )
         row = session.scalars(mine.order_by(Series.id.desc()).limit(1)).first()
-        said = [event.text for event in row.events if event.stage == "conflict"] if row is not None else []
-        # What is found on disk after a restart, without an address, was mostly recorded when it came, and in full.
-        known = any(one.startswith(text) or (not conflict.address and f"; {other} sent " in one) for one in said)
-        if row is not None and not known:
-            here.ledger.tell(session, row.id, "conflict", f"{text} (it called from {conflict.address or 'unknown'})")
-    if not known:
-        mend = "find out why two peers send different content under the same UIDs; `lungnode status` has what to do"
-        log.warning(
-            "conflict between senders of a series",
-            series=conflict.series_instance_uid,
-            belongs_to=owner,
-            calling_ae=other,
-            address=conflict.address,
-            differing=conflict.differing,
-            extra=conflict.extra,
-            mend=mend,
-        )
+        if row is not None and any(_is_known(event, conflict) for event in row.events):
+            return
+        if row is not None:
+            record_event(
+                session,
+                row.id,
+                EventKind.CONFLICT,
+                belongs_to=conflict.belongs_to,
+                sender=conflict.sender,
+                address=conflict.address or "an unknown address",
+                differing=conflict.differing,
+                extra=conflict.extra,
+                held=conflict.held,
+            )
+    mend = "find out why two peers send different content under the same UIDs; `lungnode status` has what to do"
+    log.warning(
+        "conflict between senders of a series",
+        series=conflict.series_instance_uid,
+        belongs_to=conflict.belongs_to,
+        calling_ae=conflict.sender,
+        address=conflict.address,
+        differing=conflict.differing,
+        extra=conflict.extra,
+        mend=mend,
+    )
+
+
+def _is_known(event: Event, conflict: Conflict) -> bool:
+    """Whether a conflict was recorded before, whatever the address that its sender called from.
+
+    What is found on disk after a restart, without an address, was mostly recorded when it came, and in full.
+    """
+    if event.kind != EventKind.CONFLICT or event.data["sender"] != conflict.sender:
+        return False
+    counts = (conflict.differing, conflict.extra, conflict.held)
+    return not conflict.address or tuple(event.data[name] for name in ("differing", "extra", "held")) == counts
 
 
 def _urgent(header: Dataset) -> bool:
@@ -379,8 +391,8 @@ def _end_unread(here: Node, spool: Spool, key: tuple[str, str]) -> None:
             verdict=verdict.reason,
         )
         if series is not None:
-            here.ledger.tell(session, series.id, "received", f"{len(paths)} instances, found after a start")
-            here.ledger.tell(session, series.id, "triage", verdict.reason)
+            record_event(session, series.id, EventKind.RECEIVED, instances=len(paths), reason="found after a start")
+            record_event(session, series.id, EventKind.TRIAGED, decision=verdict.reason)
             log.error("set aside", series=key[1], reason=verdict.reason)
     spool.end(*key, None)  # or each start would take it up again
 

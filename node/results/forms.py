@@ -18,7 +18,7 @@ COMMON_KINDS = ("sr", "capture", "pdf")
 #: The kind that always shows, whatever a viewer knows: what a peer gets in place of those that it refuses.
 FALLBACK = "capture"
 
-#: End of the name of a file that did not pass its check, and is never sent.
+#: End of the name of a file that did not pass its check, for who looks at the folder; the ledger records why.
 STOPPED = ".stopped.dcm"
 
 #: How segmentations are stored: bits without their empty frames, bits with a frame for every slice, or one frame a

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -42,6 +42,8 @@ class ResultObject:
     profiles: tuple[Profile, ...] = ()
     #: Why it must not be sent, in a sentence each; empty for one that may.
     problems: tuple[str, ...] = ()
+    #: `Profile.form` of its kind; empty for the usual form.
+    form: str = ""
 
 
 def build(
@@ -110,7 +112,8 @@ def build(
         of, naming = wanted[kind, form], Naming(kind, kinds.offset_of(kind, making.kinds), form)
         if (dataset := kinds.maker_of(kind).build(making, naming, of[0])) is not None:
             name = f"{kind}-{form}" if form else kind
-            objects.append(_write(kind, name, dataset, directory, tuple(of), analysis, making))
+            made = _write(kind, name, dataset, directory, tuple(of), analysis, making)
+            objects.append(replace(made, form=form))
     return objects
 
 

@@ -12,7 +12,8 @@ import pytest
 from synthetic_chest import MODELS, Shape, make_chest
 
 from node.analysis import priors
-from node.ledger.store import Analysis, Ledger
+from node.ledger.ledger import Ledger
+from node.ledger.tables import AnalysisJob
 from node.methods.outcome import Earlier, plain
 from node.methods.pneumonia.outcome import outcome_of
 
@@ -56,7 +57,7 @@ class Archive:
             )
             assert row is not None
             told_in = json.loads(json.dumps(plain(outcome_of(chest.volume, findings))))
-            analysis = Analysis(route="r", method=method, destinations={}, state=state, summary=told_in)
+            analysis = AnalysisJob(route="r", method=method, destinations={}, state=state, summary=told_in)
             row.analyses.append(analysis)
             session.flush()
             return int(analysis.id)
@@ -65,14 +66,14 @@ class Archive:
         """Let the series of an analysis have acquisitions, with these parts of its lungs; gives their rows' ids."""
         made = []
         with self.ledger() as session:
-            whole = session.get_one(Analysis, analysis)
+            whole = session.get_one(AnalysisJob, analysis)
             session.expunge(whole)
-            session.delete(session.get_one(Analysis, analysis))
+            session.delete(session.get_one(AnalysisJob, analysis))
             for acquisition, share in shares.items():
                 told = json.loads(json.dumps(whole.summary))
                 told["lungs"]["both"] = {name: value * share for name, value in told["lungs"]["both"].items()}
                 of = {"series_id": whole.series_id, "route": "r", "destinations": {}, "acquisition": acquisition}
-                made.append(Analysis(**of, state="done", summary=told))
+                made.append(AnalysisJob(**of, state="done", summary=told))
             session.add_all(made)
             session.flush()
             return [int(one.id) for one in made]

@@ -15,10 +15,15 @@ from typer.testing import CliRunner
 
 from node import __version__
 from node.cli.main import app
-from node.cli.render import all_series, as_json, state, table, timeline, to_do
+from node.cli.render import table, timeline
 from node.config import load
 from node.installation import Node
-from node.ledger.store import Analysis, Delivery, Ledger, Object, Series
+from node.ledger import views
+from node.ledger.events import EventKind
+from node.ledger.ledger import Ledger
+from node.ledger.record import record_event
+from node.ledger.tables import AnalysisJob, Delivery, Object, Series
+from node.ledger.views import all_series, as_json, view
 
 RUNNER = CliRunner()
 
@@ -72,18 +77,18 @@ def test_folder_without_ct_says_so(tmp_path: Path) -> None:
     assert "no DICOM series in" in lines("analyse", str(tmp_path), "--out", str(tmp_path / "out"), exit_code=1)
 
 
-@pytest.mark.parametrize("stored_at", [None, 1.0])
-def test_what_a_peer_took_and_did_not_confirm_is_not_said_to_be_missing_there(stored_at: float | None) -> None:
-    made = Object(kind="sr", deliveries=[Delivery(peer="pacs", state="failed", stored_at=stored_at, reason="mute")])
-    (line,) = to_do(Series(id=7, complete=True, analyses=[Analysis(state="done", objects=[made])]))
-    assert line.startswith("pacs took sr and did not confirm" if stored_at else "pacs does not have sr")
+@pytest.mark.parametrize("state", ["failed", "unconfirmed"])
+def test_what_a_peer_took_and_did_not_confirm_is_not_said_to_be_missing_there(state: str) -> None:
+    made = Object(kind="sr", deliveries=[Delivery(peer="pacs", state=state, reason="mute")])
+    (line,) = view(Series(id=7, complete=True, analyses=[AnalysisJob(state="done", objects=[made])]), 0.0).to_do
+    assert line.startswith("pacs took sr and did not confirm" if state == "unconfirmed" else "pacs does not have sr")
     assert "`lungnode retry 7`" in line
 
 
 @pytest.mark.parametrize("asks", [1, 2])
 def test_peer_that_is_slow_to_confirm_is_said_to_be_looked_at(asks: int) -> None:
-    made = Object(kind="sr", deliveries=[Delivery(peer="pacs", state="waiting", stored_at=1.0, asks=asks, reason="x")])
-    lines = to_do(Series(id=7, complete=True, analyses=[Analysis(state="done", objects=[made])]))
+    made = Object(kind="sr", deliveries=[Delivery(peer="pacs", state="stored", asks=asks, reason="x")])
+    lines = view(Series(id=7, complete=True, analyses=[AnalysisJob(state="done", objects=[made])]), 0.0).to_do
     assert ["is storage commitment enabled there" in line for line in lines] == [True] * (asks - 1)
 
 
@@ -97,6 +102,10 @@ def test_peer_that_is_slow_to_confirm_is_said_to_be_looked_at(asks: int) -> None
         ("done", ["done", "waiting"], "delivering"),
         ("done", ["done", "refused"], "refused"),
         ("done", ["failed", "refused"], "failed"),
+        ("done", ["done", "stored"], "stored"),
+        ("done", ["confirmed", "unconfirmed"], "failed"),
+        ("report_due", [], "waiting"),
+        ("reporting", [], "running"),
         ("done", ["done"], "delivered"),
         ("refused", ["done"], "not analysed"),
         ("refused", ["waiting"], "delivering"),
@@ -110,7 +119,7 @@ def test_state_is_told_in_a_word(tmp_path: Path, analysis: str | None, deliverie
         series = ledger.add_series(session, "1.2", "1.1", ["1.2.1"], **rest)
         assert series is not None
         if analysis:
-            row = Analysis(series_id=series.id, route="r", destinations={}, state=analysis)
+            row = AnalysisJob(series_id=series.id, route="r", destinations={}, state=analysis)
             owed = [Delivery(peer=f"p{n}", state=one) for n, one in enumerate(deliveries)]
             names = {
                 "kind": "sr",
@@ -121,20 +130,59 @@ def test_state_is_told_in_a_word(tmp_path: Path, analysis: str | None, deliverie
             }
             row.objects = [Object(**names, deliveries=owed)]
             session.add(row)
-        ledger.tell(session, series.id, "received", "one instance")
+        record_event(session, series.id, EventKind.RECEIVED, instances=1, reason="one instance")
     (one,) = all_series(ledger)
-    assert state(one) == word
-    (told,) = as_json([one])
+    assert one.state == word
+    told = as_json(one)
     assert told["state"] == word
     pages = Console(width=160, record=True, file=io.StringIO())
     pages.print(table([one]), timeline(one))
     text = pages.export_text()
     assert word in text
     assert "one instance" in text
-    assert text.count("sr to p") == sum(one in ("waiting", "running", "failed") for one in deliveries)
+    assert text.count("sr to p") == sum(
+        one in ("waiting", "running", "failed", "stored", "unconfirmed") for one in deliveries
+    )
     assert ("to do" in text) == (word in ("failed", "refused"))
     assert text.count("lungnode retry 1") == text.count("to do")
     ledger.engine.dispose()
+
+
+@pytest.fixture
+def many(settings_file: Path) -> Path:
+    """Settings of a node that has received five series."""
+    here = Node.open(load(settings_file))
+    with here.ledger() as session:
+        for n in range(5):
+            rest = {"calling_ae": "CT", "instances": [], "closed_because": "", "verdict": "kept"}
+            here.ledger.add_series(session, f"1.2.{n}", "1.1", [str(n)], True, **rest)
+    return settings_file
+
+
+def test_status_says_that_it_shows_a_part_and_how_to_see_the_rest(many: Path) -> None:
+    def numbers(*options: str) -> tuple[list[str], str]:
+        result = RUNNER.invoke(app, ["status", *options, "-c", str(many)], env={"COLUMNS": "160"})
+        rows = result.stdout.splitlines()
+        return [row.split()[0] for row in rows if " CT " in row], rows[-1]
+
+    assert numbers()[0] == ["5", "4", "3", "2", "1"]
+    assert "shown" not in lines("status", "-c", str(many))
+    assert numbers("--limit", "2") == (["5", "4"], "2 of 5 series shown; --page 2 shows more")
+    assert numbers("--limit", "2", "--page", "3") == (["1"], "1 of 5 series shown")
+    assert numbers("--page", "9") == ([], "0 of 5 series shown")
+
+
+def test_json_is_complete_unless_a_page_is_asked_for(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "PAGE", 2)
+
+    def ids(*options: str) -> tuple[list[int], str]:
+        result = RUNNER.invoke(app, ["status", "--json", *options, "-c", str(many)])
+        assert result.exit_code == 0
+        return [one["id"] for one in json.loads(result.stdout)], result.stderr
+
+    assert ids() == ([5, 4, 3, 2, 1], "")
+    assert ids("--limit", "3") == ([5, 4, 3], "3 of 5 series shown; --page 2 shows more\n")
+    assert ids("--page", "3") == ([1], "1 of 5 series shown\n")
 
 
 @pytest.fixture
@@ -152,7 +200,7 @@ def test_up_stops_cleanly_and_leaves_no_process(tmp_path: Path, children: list[p
         children += [process, *process.children(recursive=True)]
     assert node.process.returncode == 0
     assert "is up as LUNGNODE" in node.log.read_text()
-    assert "stopped; what is still owed stands in the ledger" in node.log.read_text()
+    assert "stopped; the ledger keeps what is still due" in node.log.read_text()
 
 
 def test_killed_up_takes_its_processes_along(tmp_path: Path, children: list[psutil.Process]) -> None:

@@ -12,7 +12,8 @@ from sqlalchemy import select
 
 from node.config import Peer
 from node.delivery.outbox import Outbox
-from node.ledger.store import Analysis, Delivery, Ledger, Object
+from node.ledger.ledger import Ledger
+from node.ledger.tables import AnalysisJob, Delivery, Object
 
 
 def write_object(path: Path, sop_class_uid: str, study_uid: str, side: int = 16) -> Dataset:
@@ -58,7 +59,7 @@ def owe(
             verdict="",
         )
         assert of is not None
-        analysis = Analysis(series_id=of.id, route="r", destinations={}, state="done", **row)
+        analysis = AnalysisJob(series_id=of.id, route="r", destinations={}, state="done", **row)
         session.add(analysis)
         session.flush()
         for n, sop_class_uid in enumerate(classes):
@@ -79,10 +80,10 @@ def owe(
 
 
 def states(ledger: Ledger, peer: str = "pacs") -> list[str]:
-    """States of all that is or was owed to a peer, in order; 'stored' for what waits for a commitment."""
+    """States of all deliveries to a peer, in order."""
     with ledger() as session:
         rows = session.scalars(select(Delivery).where(Delivery.peer == peer).order_by(Delivery.id))
-        return ["stored" if row.state == "waiting" and row.stored_at else row.state for row in rows]
+        return [row.state for row in rows]
 
 
 def outbox(ledger: Ledger, results: Path, peer: Peer | None, name: str = "pacs") -> Outbox:

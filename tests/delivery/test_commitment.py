@@ -20,7 +20,9 @@ from node.delivery import commitment
 from node.delivery.outbox import Outbox
 from node.installation import Node
 from node.intake import closing
-from node.ledger.store import MAX_DELIVERY_ATTEMPTS, Commitment, Delivery, Event, Ledger, Line
+from node.ledger.leases import MAX_DELIVERY_ATTEMPTS
+from node.ledger.ledger import Ledger
+from node.ledger.tables import Commitment, Delivery, Event, PeerRecord
 
 pytestmark = [
     pytest.mark.usefixtures("short_waits"),
@@ -63,7 +65,7 @@ def listening(tmp_path: Path, ledger: Ledger) -> Iterator[int]:
 
 def due_now(ledger: Ledger) -> None:
     with ledger() as session:
-        session.execute(update(Delivery).where(Delivery.state == "waiting").values(due_at=0.0))
+        session.execute(update(Delivery).where(Delivery.state.in_(("waiting", "stored"))).values(due_at=0.0))
 
 
 @pytest.mark.peer
@@ -84,7 +86,7 @@ def test_orthanc_confirms_what_it_has_and_names_what_it_lost(
         orthanc.delete(f"/instances/{instance}")
         with ledger() as session:
             again = update(Delivery).where(Delivery.state == "done")
-            session.execute(again.values(state="waiting", stored_at=1.0, finished_at=None))
+            session.execute(again.values(state="stored", stored_at=1.0, finished_at=None))
         outbox(ledger, results, peer).work_off()
         wait_for(lambda: states(ledger)[2] == "waiting", 20, "Orthanc to say that it has not got it")
 
@@ -133,7 +135,7 @@ def test_class_that_is_not_kept_is_refused_and_not_sent_for_ever(ledger: Ledger,
         wait_for(lambda: states(ledger) == ["confirmed", "refused"], 10, "the answer")
 
 
-@pytest.mark.parametrize(("wanted", "end"), [("on", "done"), ("required", "failed")])
+@pytest.mark.parametrize(("wanted", "end"), [("on", "done"), ("required", "unconfirmed")])
 def test_peer_that_commits_nothing_is_asked_and_then_it_is_said(
     ledger: Ledger, results: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, end: str
 ) -> None:
@@ -149,7 +151,7 @@ def test_peer_that_commits_nothing_is_asked_and_then_it_is_said(
     assert len(pacs.stored) == 1
 
 
-@pytest.mark.parametrize(("wanted", "end"), [("on", "done"), ("required", "failed")])
+@pytest.mark.parametrize(("wanted", "end"), [("on", "done"), ("required", "unconfirmed")])
 def test_peer_without_the_service_is_named(ledger: Ledger, results: Path, wanted: str, end: str) -> None:
     owe(ledger, results, "pacs")
     with bad_pacs(commits=False) as pacs:
@@ -174,7 +176,7 @@ def test_peer_that_takes_objects_and_no_request_gets_all_objects_and_is_asked_a_
     with bad_pacs(BadPacs(**how)) as pacs:
         for _ in range(3):
             owe(ledger, results, "pacs")
-            outbox(ledger, results, pacs.peer(commitment="on")).work_off()  # at once: the line is not silent
+            outbox(ledger, results, pacs.peer(commitment="on")).work_off()  # at once: the peer is not unreachable
             with ledger() as session:
                 newest = session.scalars(select(Delivery).order_by(Delivery.id.desc())).first()
                 assert newest is not None
@@ -185,8 +187,8 @@ def test_peer_that_takes_objects_and_no_request_gets_all_objects_and_is_asked_a_
     assert len(pacs.stored) == 3
     assert states(ledger) == ["done"] * 2 + ["stored"]
     with ledger() as session:
-        told = session.scalars(select(Event.text)).all()
-        assert session.scalars(select(Line.silent_since)).all() == [None]
+        told = [event.text for event in session.scalars(select(Event))]
+        assert session.scalars(select(PeerRecord.unreachable_since)).all() == [None]
     assert (
         sorted(told)
         == ["delivered, not confirmed: pacs never confirmed object-0"] * 2 + ["object-0 delivered to pacs"] * 3
@@ -233,7 +235,7 @@ def test_request_that_does_not_reach_the_peer_is_none(ledger: Ledger, results: P
     with bad_pacs() as pacs:
         outbox(ledger, results, pacs.peer()).work_off()
     with ledger() as session:
-        session.execute(update(Delivery).values(state="waiting", stored_at=1.0, finished_at=None))
+        session.execute(update(Delivery).values(state="stored", stored_at=1.0, finished_at=None))
     outbox(ledger, results, pacs.peer(commitment="required")).work_off()
     with ledger() as session:
         assert session.scalars(select(Delivery.asks)).one() == 0
@@ -251,7 +253,7 @@ def test_object_that_was_taken_at_the_last_attempt_waits_for_its_confirmation(
     with bad_pacs() as pacs:
         outbox(ledger, results, pacs.peer(commitment="required")).work_off()
         due_now(ledger)
-        assert ledger.peers_owed() == ["pacs"]
+        assert ledger.peers_due() == ["pacs"]
         assert states(ledger) == ["stored"]
 
 
@@ -266,14 +268,14 @@ def test_commitment_that_was_turned_off_leaves_nothing_owed(
         outbox(ledger, results, pacs.peer(commitment="required")).work_off()
     assert states(ledger) == ["stored"] * 2
     due_now(ledger)
-    assert ledger.peers_owed() == ["pacs"]
+    assert ledger.peers_due() == ["pacs"]
     outbox(ledger, results, None if left else pacs.peer()).work_off()
     assert states(ledger) == ["done"] * 2
     with ledger() as session:
         assert all(one.finished_at for one in session.scalars(select(Delivery)))
-        told = session.scalars(select(Event.text).order_by(Event.id)).all()
+        told = [event.text for event in session.scalars(select(Event).order_by(Event.id))]
     assert told[-1] == "object-1 delivered; its confirmation by pacs is no longer asked for"
-    assert ledger.peers_owed() == []
+    assert ledger.peers_due() == []
 
 
 def test_worker_that_is_stopped_leaves_the_asking_to_the_next(ledger: Ledger, results: Path) -> None:

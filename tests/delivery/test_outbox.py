@@ -19,8 +19,10 @@ from sqlalchemy import insert, select, update
 from node.config import Peer
 from node.delivery import outbox as outbox_module
 from node.delivery.outbox import ORDERED_ATTEMPTS
-from node.ledger import store as ledger_module
-from node.ledger.store import Analysis, Delivery, Event, Ledger, Object, Series
+from node.ledger.leases import Backoff, Timeouts
+from node.ledger.ledger import Ledger
+from node.ledger.tables import AnalysisJob, Delivery, Event, Object, Series
+from node.ledger.transitions import Kind
 
 #: pynetdicom drops the sockets of connections that failed without closing them; Python closes them, and warns.
 pytestmark = [
@@ -150,12 +152,10 @@ def test_each_third_object_fails_and_all_arrive_once(ledger: Ledger, results: Pa
     assert sorted(pacs.stored) == sorted(uids)
 
 
-def test_failing_object_holds_back_its_study_for_a_while_only(
-    ledger: Ledger, results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_object_holds_back_its_study_for_a_while_only(ledger: Ledger, results: Path) -> None:
     bad, *rest = owe(ledger, results, "pacs", classes=THREE)
     other = owe(ledger, results, "pacs")
-    monkeypatch.setattr(ledger_module, "backoff_s", lambda _work, _attempts: 60.0)
+    ledger.timeouts = Timeouts(backoff=dict.fromkeys(Kind, Backoff(60.0, 1.0, 60.0)))
     with bad_pacs(BadPacs(on_store=lambda _n, uid: 0xA700 if uid == bad else 0)) as pacs:
         outbox(ledger, results, pacs.peer()).work_off()
         outbox(ledger, results, pacs.peer()).work_off()
@@ -277,7 +277,7 @@ def test_long_outage_makes_no_read_of_all_that_is_owed_and_holds_up_no_writer(le
         named = [{"id": n, "series_instance_uid": f"1.2.{n}", "study_instance_uid": f"1.1.{n}"} for n in ids]
         session.execute(insert(Series), [one | series | {"content": "", "closed_at": 1.0} for one in named])
         done = {"route": "r", "destinations": {}, "state": "done", "summary": {"lesions": ["x" * 40] * 500}}
-        session.execute(insert(Analysis), [{"id": n, "series_id": n, **done} for n in ids])
+        session.execute(insert(AnalysisJob), [{"id": n, "series_id": n, **done} for n in ids])
         kind = {"kind": "sr", "sop_class_uid": "1", "series_instance_uid": "1", "path": "x"}
         objects = [{"analysis_id": n, "sop_instance_uid": f"1.3.{n}.{m}", **kind} for n in ids for m in range(count)]
         session.execute(insert(Object), objects)

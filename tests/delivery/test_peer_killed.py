@@ -12,7 +12,7 @@ from owed import outbox, owe, states
 from pydicom.uid import Comprehensive3DSRStorage, CTImageStorage, SecondaryCaptureImageStorage
 
 from node.config import Peer
-from node.ledger.store import Ledger
+from node.ledger.ledger import Ledger
 
 pytestmark = [
     pytest.mark.peer,

@@ -20,7 +20,8 @@ from test_stow import web
 from node.config import Peer
 from node.delivery import commitment
 from node.delivery.peer import contexts_for
-from node.ledger.store import Delivery, Event, Ledger
+from node.ledger.ledger import Ledger
+from node.ledger.tables import Delivery, Event
 from node.network.associations import PeerError, association
 
 pytestmark = [
@@ -35,7 +36,7 @@ HOSTILE = "\x1b[2K\x9b31m\u202e[red]DOE^MARKER"
 def told(ledger: Ledger, lines: list[Any]) -> str:
     """All that the ledger and the log say."""
     with ledger.read() as session:
-        texts = [*session.scalars(select(Event.text)), *session.scalars(select(Delivery.reason))]
+        texts = [*(event.text for event in session.scalars(select(Event))), *session.scalars(select(Delivery.reason))]
     return "".join([*texts, *map(repr, lines)])
 
 
@@ -85,7 +86,11 @@ def test_a_commitment_report_of_anything_is_answered_and_not_quoted(ledger: Ledg
     said.TransactionUID = HOSTILE * 10_000 if where == "transaction" else "1.2.3"
     said.FailedSOPSequence = [failed]
     with structlog.testing.capture_logs() as lines:
-        status = commitment._heard(ledger, SimpleNamespace(event_information=said if where != "nothing" else Dataset()))
+        event = SimpleNamespace(
+            event_information=said if where != "nothing" else Dataset(),
+            assoc=SimpleNamespace(remote={"ae_title": "PACS", "address": "127.0.0.1"}),
+        )
+        status = commitment._heard(ledger, event, lambda _: True)
     assert status == commitment.INVALID_ARGUMENT
     assert repr(lines).isprintable()
     assert "MARKER" not in repr(lines)

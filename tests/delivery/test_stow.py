@@ -27,7 +27,8 @@ from node.config import ConfigError, Peer, Settings, Stow, parse
 from node.delivery import stow as stow_module
 from node.delivery.peer import Outgoing
 from node.delivery.stow import ByStow, credentials_in_the_clear, credentials_variable
-from node.ledger.store import Delivery, Ledger, Line
+from node.ledger.ledger import Ledger
+from node.ledger.tables import Delivery, PeerRecord
 from node.network.associations import PeerError
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -125,10 +126,10 @@ def test_certificates_and_credentials_that_cannot_be_used_are_said_and_waited_fo
         monkeypatch.setenv(credentials_variable("pacs"), "Basic Schlüssel")
     outbox(ledger, results, peer("https://127.0.0.1:9/dicom-web", **more)).work_off()
     with ledger() as session:
-        delivery, line = session.scalars(select(Delivery)).one(), session.scalars(select(Line)).one()
+        delivery, line = session.scalars(select(Delivery)).one(), session.scalars(select(PeerRecord)).one()
     assert (delivery.state, delivery.attempts) == ("waiting", 0)
     assert "peers.pacs.stow.ca and certificate, or LUNGNODE_STOW_PACS, cannot be used" in delivery.reason
-    assert line.silent_since is not None
+    assert line.unreachable_since is not None
 
 
 @pytest.mark.parametrize(
@@ -429,11 +430,11 @@ def test_credentials_do_not_go_over_http(ledger: Ledger, results: Path, monkeypa
         outbox(ledger, results, peer(url)).work_off()
         assert (states(ledger), heard) == (["waiting"], [])
         with ledger() as session:
-            delivery, line = session.scalars(select(Delivery)).one(), session.scalars(select(Line)).one()
+            delivery, line = session.scalars(select(Delivery)).one(), session.scalars(select(PeerRecord)).one()
         assert delivery.attempts == 0
         assert "set peers.pacs.stow.insecure: true" in delivery.reason
         assert "secret" not in delivery.reason
-        assert line.silent_since is not None
+        assert line.unreachable_since is not None
         while states(ledger) != ["done"]:
             outbox(ledger, results, peer(url, insecure=True)).work_off()
     assert [headers["Authorization"] for headers in heard] == ["Bearer secret"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Orthanc, series_closed, tool, wait_for
+from conftest import SHORT, Orthanc, series_closed, tool, wait_for
 from pacs import CLASSES, bad_pacs
 from pydicom import dcmread
 from pydicom.uid import KeyObjectSelectionDocumentStorage, MultiFrameTrueColorSecondaryCaptureImageStorage
@@ -19,14 +19,14 @@ from test_journey import run
 from models.phantom.phantom import Phantom, phantom
 from node import tasks
 from node.cli.folder import closed_folder
-from node.cli.render import all_series, deliveries, state, to_do
 from node.config import Peer, Settings
 from node.delivery.outbox import Outbox
 from node.images.phantom_series import write_series
 from node.installation import Node
 from node.intake.assembly import ClosedSeries
-from node.ledger import store as ledger_module
-from node.ledger.store import Delivery, Series
+from node.ledger.leases import Timeouts
+from node.ledger.tables import Delivery, Series
+from node.ledger.views import all_series
 from node.results import makers
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -41,9 +41,12 @@ def chest() -> Phantom:
 def make_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, notes: bool = False, port: int = 104) -> Node:
     pacs = {"ae_title": "ORTHANC", "host": "127.0.0.1", "port": port, "rejection_notes": notes}
     route = {"name": "chest", "from": ["pacs"], "to": {"pacs": ["sr", "capture"]}}
-    here = Node.open(Settings.model_validate({"data": tmp_path / "var", "peers": {"pacs": pacs}, "routes": [route]}))
+    here = Node.open(
+        Settings.model_validate({"data": tmp_path / "var", "peers": {"pacs": pacs}, "routes": [route]}),
+        timeouts=Timeouts(busy_s=0.2, backoff=SHORT.backoff),
+    )
     monkeypatch.setattr(tasks, "node", lambda: here)
-    monkeypatch.setattr(tasks, "ring", lambda *_: None)
+    monkeypatch.setattr(tasks, "dispatch", lambda *_: None)
     return here
 
 
@@ -76,8 +79,8 @@ def test_analysis_that_nobody_began_gives_way(tmp_path: Path, monkeypatch: pytes
     close(here, 30)
     close(here, 39)
     newer, older = newest_first(here)
-    assert (state(newer), state(older)) == ("waiting", "superseded")
-    assert here.ledger.analyses_owed() == [newer.analyses[0].id]
+    assert (newer.state, older.state) == ("waiting", "superseded")
+    assert here.ledger.analyses_due() == [newer.analyses[0].id]
 
 
 @pytest.mark.parametrize("gap", [False, True])
@@ -94,7 +97,7 @@ def test_analysis_that_waits_gives_way_only_to_one_that_will_be_done(
         paths[39].rename(tmp_path / "last")
     (first,) = closed_folder(here.spool)
     series_closed(here, dataclasses.replace(first, calling_ae="ORTHANC"))
-    assert here.ledger.analyses_owed() == [1]
+    assert here.ledger.analyses_due() == [1]
     if gap:
         (tmp_path / "last").rename(paths[39])
     else:
@@ -112,8 +115,8 @@ def test_objects_still_owed_are_dropped(tmp_path: Path, monkeypatch: pytest.Monk
         close(here, slices)
         tasks.analyse(all_series(here.ledger)[0].analyses[0].id)
     newer, older = newest_first(here)
-    assert (state(newer), state(older)) == ("delivering", "superseded")
-    assert {one.state for one in deliveries(older)} == {"superseded"}
+    assert (newer.state, older.state) == ("delivering", "superseded")
+    assert {one.state for one in older.deliveries} == {"superseded"}
     assert here.ledger.retry(older.id) == 0
     assert "2 not sent any more" in older.events[-1].text
 
@@ -128,15 +131,16 @@ def test_series_whose_results_were_sent_and_outdated_is_superseded_and_asks_for_
     with here.ledger() as session:
         series = session.get_one(Series, 1)
         series.complete, series.analyses[0].state = first != "refused", first
-        for delivery in deliveries(series):
-            delivery.state = "done"
+        for made in series.analyses[0].objects:
+            for delivery in made.deliveries:
+                delivery.state = "done"
     (series,) = newest_first(here)
     words = {"refused": "not analysed", "failed": "failed"}
-    assert (state(series), bool(to_do(series))) == (words[first], True)
+    assert (series.state, bool(series.to_do)) == (words[first], True)
     close(here, 39)
     tasks.analyse(2)
     _, older = newest_first(here)
-    assert (state(older), to_do(older)) == ("superseded", [])
+    assert (older.state, older.to_do) == ("superseded", [])
 
 
 def test_generation_that_cannot_be_analysed_takes_nothing_from_one_that_was(
@@ -149,7 +153,7 @@ def test_generation_that_cannot_be_analysed_takes_nothing_from_one_that_was(
         session.get_one(Series, 1).analyses[0].state = "done"
     close(here, 39)
     tasks.analyse(2)
-    assert [state(one) for one in newest_first(here)] == ["delivering", "delivering"]
+    assert [one.state for one in newest_first(here)] == ["delivering", "delivering"]
 
 
 @pytest.mark.peer
@@ -164,7 +168,7 @@ def test_peer_gets_a_rejection_note_that_names_what_it_has(
     tasks.analyse(2)
     tasks.deliver("pacs")
     newer, older = newest_first(here)
-    assert (state(newer), state(older)) == ("not analysed", "superseded")
+    assert (newer.state, older.state) == ("not analysed", "superseded")
     *_, note = newer.analyses[0].objects
     assert (note.kind, note.sop_class_uid) == ("rejection-note", KeyObjectSelectionDocumentStorage)
     (instance,) = orthanc.find("Instance", SOPInstanceUID=note.sop_instance_uid)
@@ -231,7 +235,6 @@ def test_note_is_written_though_the_first_file_of_the_series_cannot_be_read(
 def test_note_is_written_while_others_write_to_the_ledger_and_names_what_was_sent_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_module, "BUSY_S", 0.2)
     here = make_node(tmp_path, monkeypatch, notes=True)
     close(here, 30)
     tasks.analyse(1)
@@ -286,7 +289,7 @@ def test_object_under_way_when_it_was_superseded_is_not_tried_again(
         for _ in range(20):
             Outbox(here.ledger, here.results, "pacs", peer, "LUNGNODE").work_off()
     newer, older = newest_first(here)
-    assert {one.state for one in deliveries(older)} == {"superseded"}
+    assert {one.state for one in older.deliveries} == {"superseded"}
     assert sent == [made.sop_instance_uid for made in newer.analyses[0].objects]
 
 
@@ -304,14 +307,14 @@ def test_analysis_that_failed_while_a_later_generation_came_gives_way_when_it_is
     with monkeypatch.context() as patch:
         patch.setattr(tasks, "_make", overtaken)
         tasks.analyse(1)
-    assert [state(one) for one in newest_first(here)] == ["waiting", "waiting"]
+    assert [one.state for one in newest_first(here)] == ["waiting", "waiting"]
     tasks.analyse(2)
     if later:
         with here.ledger() as session:
             session.get_one(Series, 2).analyses[0].state = later
-    wait_for(lambda: 1 in here.ledger.analyses_owed(), 5, "the next attempt")
+    wait_for(lambda: 1 in here.ledger.analyses_due(), 5, "the next attempt")
     tasks.analyse(1)
     _, older = newest_first(here)
-    assert (state(older), len(deliveries(older))) == (("delivering", 2) if later else ("superseded", 0))
+    assert (older.state, len(older.deliveries)) == (("delivering", 2) if later else ("superseded", 0))
     if not later:
         assert older.events[-1].text == "superseded by generation 2, before it was analysed"

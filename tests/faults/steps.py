@@ -12,7 +12,7 @@ from node.delivery.peer import ByAssociation
 from node.intake import closing
 from node.intake.part import Part
 from node.ledger import superseding
-from node.ledger.store import Lease
+from node.ledger.leases import Lease
 from node.results import makers
 
 #: Seconds that a worker waits for an answer of Redis.
@@ -23,13 +23,13 @@ STEPS: dict[str, tuple[Any, str, bool]] = {
     "instance written, not synced": (Part, "keep", False),
     "instance kept, not acknowledged": (Part, "keep", True),
     "series closed, not recorded": (closing, "series_closed", False),
-    "series recorded, bell not rung": (closing, "_dispatch", False),
+    "series recorded, not dispatched": (closing, "_dispatch", False),
     "analysis taken": (recording, "begin", False),
     "analysis begun": (recording, "begin", True),
     "one object written": (makers, "_write", True),
     "all objects written": (superseding, "supersede", False),
     "in the midst of the record": (recording, "rejection_notes", False),
-    "analysis recorded, bell not rung": (Lease, "finish", True),
+    "analysis recorded, not dispatched": (Lease, "finish", True),
     "object taken": (ByAssociation, "send", False),
     "object sent, not recorded": (ByAssociation, "send", True),
 }

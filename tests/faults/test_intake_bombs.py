@@ -25,9 +25,10 @@ from raw_peer import RELEASE, RawPeer, pdu, pdv, store_command
 from sqlalchemy.exc import OperationalError
 from test_spool import store
 
-from node.cli import render
 from node.intake.spool import Spool
-from node.ledger.store import Ledger, Series
+from node.ledger import views
+from node.ledger.ledger import Ledger
+from node.ledger.tables import Series
 
 MB = 1 << 20
 
@@ -78,7 +79,7 @@ class Running:
 def ledger_of(folder: Path) -> dict[str, Series]:
     ledger = Ledger(f"sqlite:///{folder / 'var' / 'ledger.sqlite'}")
     try:
-        return {one.series_instance_uid: one for one in render.all_series(ledger)}
+        return {one.series_instance_uid: one for one in views.all_series(ledger)}
     except OperationalError:
         return {}  # it has no tables yet
     finally:
@@ -201,12 +202,12 @@ def test_bombs_from_several_peers_at_once_cost_the_listener_little_and_hold_up_n
 DIES = """
 import os
 from node.intake import closing
-judge = closing._verdicts
-def dies(closed, *others):
+judge = closing._judge
+def dies(here, closed, accepts):
     if closed.series_instance_uid == os.environ["DIES"]:
         os.kill(os.getpid(), 9)
-    return judge(closed, *others)
-closing._verdicts = dies
+    return judge(here, closed, accepts)
+closing._judge = dies
 """
 
 
@@ -233,7 +234,7 @@ def test_a_series_at_whose_closing_the_listener_dies_is_set_aside_and_others_go_
     assert row.verdict.startswith("not analysed: set aside, as the listener failed or ended 3 times")
     assert f"spool/{STUDY}/{deadly}" in row.verdict
     assert (kept.parents[1] / deadly / f"{deadly}.1.dcm").exists()
-    assert render.state(row) == "failed"
+    assert row.state == "failed"
     said = subprocess.run(
         [sys.executable, "-m", "node", "status", "--config", tmp_path / "node.yaml"],
         env={**os.environ, "COLUMNS": "400", "PYTHONPATH": str(REPOSITORY)},

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import series_closed
+from conftest import SHORT, series_closed
 from made_instances import host
 from pacs import BadPacs, bad_pacs
 from pydicom.uid import (
@@ -29,7 +29,6 @@ from whole_node import chest
 from node import recording, tasks
 from node.cli.folder import closed_folder
 from node.cli.main import app
-from node.cli.render import all_series, deliveries, state, to_do
 from node.config import Settings
 from node.delivery.peer import ByAssociation
 from node.images.phantom_series import write_series
@@ -37,8 +36,8 @@ from node.installation import LEDGER, Node
 from node.intake import assembly as assembly_module
 from node.intake.assembly import Assembly, AssociationId
 from node.intake.spool import Spool
-from node.ledger import store as ledger_module
-from node.ledger.store import Lease
+from node.ledger.leases import MAX_ANALYSIS_ATTEMPTS, Lease
+from node.ledger.views import all_series
 from node.results import makers
 
 pytestmark = [
@@ -56,13 +55,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
 
 def make_node(data: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     """A node whose series has a gap, so that it is told about and needs no network."""
-    monkeypatch.setattr(ledger_module, "LEASE_S", 0.6)
-    monkeypatch.setattr(ledger_module, "BUSY_S", 0.2)
     peers = {"pacs": {"ae_title": "BAD", "host": "127.0.0.1", "port": 104}}
     route = {"name": "chest", "to": {"pacs": ["sr", "capture"]}}
-    here = Node.open(Settings.model_validate({"data": data, "peers": peers, "routes": [route]}))
+    here = Node.open(Settings.model_validate({"data": data, "peers": peers, "routes": [route]}), timeouts=SHORT)
     monkeypatch.setattr(tasks, "node", lambda: here)
-    monkeypatch.setattr(tasks, "ring", lambda *_: None)
+    monkeypatch.setattr(tasks, "dispatch", lambda *_: None)
     return here
 
 
@@ -75,21 +72,21 @@ def receive(here: Node) -> None:
 
 
 def work_on(here: Node, pacs: BadPacs, seconds: float = 30, until: str = "not analysed") -> None:
-    """Do what a sweep would ring for, until nothing is owed."""
+    """Do what a sweep would dispatch, until nothing is due."""
     settings = here.settings.model_copy(update={"peers": {"pacs": pacs.peer()}})
     object.__setattr__(here, "settings", settings)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with suppress(Exception):
-            for row in here.ledger.analyses_owed():
+            for row in here.ledger.analyses_due():
                 tasks.analyse(row)
-            for peer in here.ledger.peers_owed():
+            for peer in here.ledger.peers_due():
                 tasks.deliver(peer)
             (series,) = all_series(here.ledger)
-            if state(series) == until and not {one.state for one in deliveries(series)} & {"waiting", "running"}:
+            if series.state == until and not {one.state for one in series.deliveries} & {"waiting", "running"}:
                 return
         time.sleep(0.05)
-    pytest.fail(f"still owed after {seconds} s: {[state(one) for one in all_series(here.ledger)]}")
+    pytest.fail(f"still due after {seconds} s: {[one.state for one in all_series(here.ledger)]}")
 
 
 def prove(here: Node, pacs: BadPacs) -> None:
@@ -97,7 +94,7 @@ def prove(here: Node, pacs: BadPacs) -> None:
     made = [one.sop_instance_uid for analysis in series.analyses for one in analysis.objects]
     assert sorted(set(pacs.stored)) == sorted(made)
     assert len(made) == 2
-    assert {one.state for one in deliveries(series)} == {"done"}
+    assert {one.state for one in series.deliveries} == {"done"}
     assert list(here.results.rglob(".*")) == []
     assert sorted(path.name for path in here.results.rglob("*.dcm")) == ["capture.dcm", "sr.dcm"]
 
@@ -130,7 +127,7 @@ ANALYSIS_STEPS = {
     "one object written": (makers, "_write", then_die(makers._write)),
     "all objects written": (Lease, "finish", die),
     "in the midst of the record": (recording, "rejection_notes", die),
-    "recorded, bell not rung": (Lease, "finish", finish_then_die),
+    "recorded, not dispatched": (Lease, "finish", finish_then_die),
 }
 DELIVERY_STEPS = {
     "taken": (ByAssociation, "send", die),
@@ -163,7 +160,7 @@ def test_analysis_that_dies_at_a_step_is_done_once(here: Node, step: str) -> Non
 
 def test_series_that_kills_its_worker_each_time_is_set_aside_and_retry_brings_it_back(here: Node) -> None:
     receive(here)
-    for _ in range(ledger_module.MAX_ANALYSIS_ATTEMPTS):
+    for _ in range(MAX_ANALYSIS_ATTEMPTS):
         run_and_die((tasks, "_make", die), lambda: tasks.analyse(1))
         time.sleep(0.7)  # until the lease has run out
     with bad_pacs(classes=CLASSES) as pacs:
@@ -174,7 +171,7 @@ def test_series_that_kills_its_worker_each_time_is_set_aside_and_retry_brings_it
         assert "attempt 1 ended without a word: its process died or hung" in told
         how = "the log has how it ended (signal 9 is mostly too little memory)"
         assert f"set aside: its process died or hung at each of 6 attempts; {how}" in told
-        assert to_do(series)[0] == "mend what the reason says, then `lungnode retry 1` analyses it again"
+        assert series.to_do[0] == "correct what the reason says, then `lungnode retry 1` analyses it again"
         assert here.ledger.retry(1) == 1
         work_on(here, pacs)
 
@@ -256,7 +253,7 @@ def test_disk_that_is_full_when_results_are_recorded_keeps_the_work(
         tasks.analyse(1)
     assert [line["error"].split()[0] for line in told if line["event"] == "analyse failed"] == ["OperationalError"]
     (series,) = all_series(here.ledger)
-    assert (state(series), series.analyses[0].objects) == ("running", [])
+    assert (series.state, series.analyses[0].objects) == ("running", ())
     ballast[0].unlink()
     with bad_pacs(classes=CLASSES) as pacs:
         work_on(here, pacs)

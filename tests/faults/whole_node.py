@@ -22,12 +22,11 @@ from conftest import REPOSITORY, Orthanc, free_port, wait_for
 from pydicom import dcmread
 
 from models.phantom.phantom import Phantom, phantom
-from node.cli import render
-from node.cli.render import deliveries
 from node.config import Peer
 from node.delivery.peer import Outgoing, contexts_for, store
 from node.images.phantom_series import write_series
-from node.ledger.store import Ledger, Series
+from node.ledger.ledger import Ledger
+from node.ledger.views import SeriesView, all_series
 from node.network.associations import PeerError, association
 
 KINDS = ["infection-seg", "lung-seg", "sr", "capture"]
@@ -193,11 +192,11 @@ class WholeNode:
                 left = left or list(items)
                 time.sleep(0.3)
 
-    def series(self) -> list[Series]:
+    def series(self) -> list[SeriesView]:
         """What the ledger says."""
         ledger = Ledger(f"sqlite:///{self.data / 'ledger.sqlite'}")
         try:
-            return render.all_series(ledger, 100_000)
+            return all_series(ledger)
         finally:
             ledger.engine.dispose()
 
@@ -205,17 +204,17 @@ class WholeNode:
         """Wait until the newest generation of so many series is analysed and delivered and nothing is owed."""
 
         def finished() -> bool:
-            newest: dict[str, Series] = {}
+            newest: dict[str, SeriesView] = {}
             everything = self.series()
             for one in everything:
                 newest.setdefault(one.series_instance_uid, one)
             return (
                 len(newest) == series
-                and all(render.state(one) == "delivered" for one in newest.values())
-                and not {render.state(one) for one in everything} & {"waiting", "running", "delivering"}
+                and all(one.state == "delivered" for one in newest.values())
+                and not {one.state for one in everything} & {"waiting", "running", "delivering"}
             )
 
-        with suppress_fail(lambda: f"{[render.state(one) for one in self.series()]}\n{self.log}"):
+        with suppress_fail(lambda: f"{[one.state for one in self.series()]}\n{self.log}"):
             wait_for(finished, seconds, f"{series} series to be delivered")
 
     def prove(self) -> str:
@@ -229,12 +228,18 @@ class WholeNode:
             assert dataset_bytes(spool[uid]) == dataset_bytes(sent)
         delivered: list[str] = []
         for one in self.series():
-            complete = render.state(one) == "delivered"
+            complete = one.state == "delivered"
             kinds = [made.kind for analysis in one.analyses for made in analysis.objects]
             assert len(kinds) == len(set(kinds))
             if complete:
                 assert {"lung-seg", "sr", "capture"} <= set(kinds)
-            delivered += [d.object.sop_instance_uid for d in deliveries(one) if d.state == "done"]
+            delivered += [
+                made.sop_instance_uid
+                for analysis in one.analyses
+                for made in analysis.objects
+                for delivery in made.deliveries
+                if delivery.state == "done"
+            ]
         there = self.orthanc.get("/instances", expand="").json()
         assert sorted(one["MainDicomTags"]["SOPInstanceUID"] for one in there) == sorted(delivered)
         assert list((self.data / "spool" / "incoming").glob("*")) == []

@@ -11,7 +11,8 @@ import pytest
 from node.config import Settings
 from node.files import retention
 from node.installation import Node
-from node.ledger.store import Analysis, Delivery, Ledger, Object, Series
+from node.ledger.ledger import Ledger
+from node.ledger.tables import AnalysisJob, Delivery, Object, Series
 
 OLD = time.time() - 40 * 86400
 
@@ -38,7 +39,7 @@ def series(here: Node, uid: str, *, analysis: str = "done", delivery: str = "don
         row.closed_at = closed
         made = Object(kind="sr", sop_class_uid="1", sop_instance_uid=uid, series_instance_uid="1", path="x")
         made.deliveries = [Delivery(peer="pacs", state=delivery)]
-        row.analyses.append(Analysis(route="r", destinations={}, state=analysis, objects=[made]))
+        row.analyses.append(AnalysisJob(route="r", destinations={}, state=analysis, objects=[made]))
     return folder
 
 

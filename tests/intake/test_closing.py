@@ -13,7 +13,6 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from test_spool import store
 
-from node.cli import render
 from node.config import Settings
 from node.files import retention
 from node.files.series_folder import ATTEMPTS, attempts
@@ -27,7 +26,8 @@ from node.intake.listener import Listener
 from node.intake.part import Stored
 from node.intake.spool import Spool
 from node.intake.stack import Tiling
-from node.ledger.store import Series
+from node.ledger import views
+from node.ledger.tables import Series
 
 
 def start(folder: Path) -> tuple[Node, Listener, Assembly]:
@@ -240,7 +240,7 @@ def test_a_series_at_which_the_process_dies_is_set_aside_after_three_attempts(
     def dies(*_: object) -> None:
         raise Death
 
-    monkeypatch.setattr(*((closing, "_verdicts") if step == "closing" else (spool_module, "_read")), dies)
+    monkeypatch.setattr(*((closing, "first_header") if step == "closing" else (spool_module, "_read")), dies)
     for _ in range(3):
         with pytest.raises(Death):
             close_all(start(tmp_path)[2])
@@ -253,7 +253,7 @@ def test_a_series_at_which_the_process_dies_is_set_aside_after_three_attempts(
         row = session.query(Series).one()
         assert (len(row.instances), row.complete) == (3, False)
         assert row.verdict.startswith("not analysed: set aside, as the listener failed or ended 3 times")
-        assert render.state(row) == "failed"
+        assert views.view(row, time.time()).state == "failed"
         assert [event.stage for event in row.events] == ["received", "triage"]
     assert not retention._finished(here.ledger, SERIES, time.time() + 1)
     # The folder is moved away, as the verdict says, and the series is sent again.
@@ -272,17 +272,17 @@ def test_two_deaths_at_a_series_are_forgotten_once_it_is_closed(
     (tmp_path / "spool").mkdir()
     spooled(tmp_path, 3, age_s=3)
     folder = tmp_path / "spool" / STUDY / SERIES
-    judge = closing._verdicts
+    judge = closing.first_header
 
     def dies(*_: object) -> None:
         raise Death
 
-    monkeypatch.setattr(closing, "_verdicts", dies)
+    monkeypatch.setattr(closing, "first_header", dies)
     for deaths in (1, 2):
         with pytest.raises(Death):
             close_all(start(tmp_path)[2])
         assert attempts(folder) == deaths
-    monkeypatch.setattr(closing, "_verdicts", judge)
+    monkeypatch.setattr(closing, "first_header", judge)
     here, _, assembly = start(tmp_path)
     close_all(assembly)
     assert "set aside" not in closed(here)[0][2]

@@ -13,48 +13,19 @@ import hypothesis.strategies as st
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from conftest import Clock
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from node.ledger import store as ledger_module
-from node.ledger.store import (
-    BACKOFF,
-    LEASE_S,
-    MAX_ANALYSIS_ATTEMPTS,
-    MAX_BACKOFF_S,
-    RING_AGAIN_S,
-    Analysis,
-    Base,
-    Delivery,
-    Event,
-    Lease,
-    LeaseLost,
-    Ledger,
-    Object,
-    Series,
-    Work,
-    backoff_s,
-)
+from node.ledger.leases import MAX_ANALYSIS_ATTEMPTS, MAX_BACKOFF_S, Lease, LeaseLost, Timeouts
+from node.ledger.ledger import Ledger
+from node.ledger.tables import AnalysisJob, Base, Delivery, Event, Object, Series
+from node.ledger.transitions import Kind
 from node.telemetry.logs import plainly
 
-
-class Clock:
-    """Stands in for the wall clock of the ledger."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def time(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(ledger_module, "time", clock)
-    return clock
+LEASE_S = Timeouts().lease_s
 
 
 def add_series(ledger: Ledger, *sops: str, uid: str = "1.2", complete: bool = True) -> int | None:
@@ -73,19 +44,21 @@ def add_series(ledger: Ledger, *sops: str, uid: str = "1.2", complete: bool = Tr
         return row.id if row else None
 
 
-def add_analysis(ledger: Ledger, tell: bool = False, uid: str = "1.2", urgent: bool = False) -> int:
+def add_analysis(ledger: Ledger, report: bool = False, uid: str = "1.2", urgent: bool = False) -> int:
     series = add_series(ledger, uid=uid)
     assert series is not None
     with ledger() as session:
-        row = Analysis(series_id=series, route="chest-ct", destinations={"pacs": ["sr"]}, tell=tell, urgent=urgent)
+        row = AnalysisJob(
+            series_id=series, route="chest-ct", destinations={"pacs": ["sr"]}, report=report, urgent=urgent
+        )
         session.add(row)
         session.flush()
         return row.id
 
 
-def state(ledger: Ledger, row: int) -> Analysis:
+def state(ledger: Ledger, row: int) -> AnalysisJob:
     with ledger() as session:
-        return session.get_one(Analysis, row)
+        return session.get_one(AnalysisJob, row)
 
 
 def test_migrations_make_the_tables_of_the_models(ledger: Ledger) -> None:
@@ -115,15 +88,14 @@ def test_migrating_twice_and_from_many_threads_changes_nothing(tmp_path: Path) -
 
 
 def test_process_that_starts_waits_for_a_ledger_that_another_holds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(ledger_module, "BUSY_S", 0.2)
     file = tmp_path / "ledger.sqlite"
     other = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     timer = threading.Timer(0.7, other.execute, ("ROLLBACK",))
     timer.start()
-    ledger = Ledger(f"sqlite:///{file}")
+    ledger = Ledger(f"sqlite:///{file}", timeouts=Timeouts(busy_s=0.2))
     ledger.migrate()
     timer.join()
     assert ledger.series_ids() == []
@@ -137,8 +109,8 @@ def test_sqlite_is_set_to_survive_power_loss(ledger: Ledger) -> None:
     assert values == ["wal", 1, 2]
 
 
-def test_who_reads_and_who_writes_do_not_wait_for_one_another(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "BUSY_S", 0.1)
+def test_who_reads_and_who_writes_do_not_wait_for_one_another(ledger: Ledger) -> None:
+    ledger = Ledger(str(ledger.engine.url), timeouts=Timeouts(busy_s=0.1))
     add_series(ledger, "1")
     with ledger() as writing:
         writing.execute(text("update series set calling_ae = 'CT'"))
@@ -156,7 +128,7 @@ def test_lease_holds_from_when_it_is_had_not_from_when_it_was_wished_for(
     ledger: Ledger, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = add_analysis(ledger)
-    plain = ledger_module.Ledger.__call__
+    plain = Ledger.__call__
 
     @contextmanager
     def busy(self: Ledger) -> Iterator[Session]:
@@ -165,10 +137,10 @@ def test_lease_holds_from_when_it_is_had_not_from_when_it_was_wished_for(
             yield session
 
     monkeypatch.setattr(Ledger, "__call__", busy)
-    lease = Lease(ledger, "analyse", row)
+    lease = Lease(ledger, AnalysisJob, row)
     assert lease.take()
     with ledger.read() as session:
-        assert session.get_one(Analysis, row).lease_until == clock.now + LEASE_S
+        assert session.get_one(AnalysisJob, row).lease_until == clock.now + LEASE_S
 
 
 def test_same_instances_are_the_same_generation_and_more_are_the_next(ledger: Ledger) -> None:
@@ -193,52 +165,52 @@ def test_same_instances_are_news_when_they_turn_out_complete(ledger: Ledger) -> 
 
 def test_one_holder_at_a_time_and_done_is_done(ledger: Ledger) -> None:
     row = add_analysis(ledger)
-    with ledger.lease("analyse", row) as mine:
+    with ledger.lease(AnalysisJob, row) as mine:
         assert mine is not None
-        with ledger.lease("analyse", row) as other:
+        with ledger.lease(AnalysisJob, row) as other:
             assert other is None
         with mine.finish("done", "found nothing"):
             pass
-    with ledger.lease("analyse", row) as again:
+    with ledger.lease(AnalysisJob, row) as again:
         assert again is None
     assert (state(ledger, row).state, state(ledger, row).reason) == ("done", "found nothing")
 
 
 def test_error_owes_again_with_backoff_and_without_its_values(ledger: Ledger, clock: Clock) -> None:
     row = add_analysis(ledger)
-    with pytest.raises(ValueError, match="Doe"), ledger.lease("analyse", row):
+    with pytest.raises(ValueError, match="Doe"), ledger.lease(AnalysisJob, row):
         raise ValueError("Doe^Jane")
     after = state(ledger, row)
     assert (after.state, after.attempts) == ("waiting", 1)
     assert after.reason.startswith("ValueError at test_ledger.py:")
-    first = BACKOFF["analyse"][0]
+    first = ledger.timeouts.backoff[Kind.ANALYSIS].first_s
     assert first <= after.due_at - clock.now <= first * 1.2
-    with ledger.lease("analyse", row) as early:
+    with ledger.lease(AnalysisJob, row) as early:
         assert early is None
     clock.now = after.due_at
-    with ledger.lease("analyse", row) as later:
+    with ledger.lease(AnalysisJob, row) as later:
         assert later is not None
 
 
 def test_attempts_are_capped_and_retry_brings_it_back(ledger: Ledger, clock: Clock) -> None:
     row = add_analysis(ledger)
     for _ in range(MAX_ANALYSIS_ATTEMPTS):
-        with pytest.raises(OSError, match="disk"), ledger.lease("analyse", row):
+        with pytest.raises(OSError, match="disk"), ledger.lease(AnalysisJob, row):
             raise OSError("disk")
         clock.now += 2 * MAX_BACKOFF_S
     assert state(ledger, row).state == "failed"
-    assert ledger.analyses_owed() == []
+    assert ledger.analyses_due() == []
     assert ledger.retry(state(ledger, row).series_id) == 1
-    assert ledger.analyses_owed() == [row]
+    assert ledger.analyses_due() == [row]
 
 
 def test_dead_workers_are_overtaken_and_then_given_up(ledger: Ledger, clock: Clock) -> None:
     row = add_analysis(ledger)
     for _ in range(MAX_ANALYSIS_ATTEMPTS):
-        assert Lease(ledger, "analyse", row).take()  # and its worker dies
-        assert ledger.analyses_owed() == []
+        assert Lease(ledger, AnalysisJob, row).take()  # and its worker dies
+        assert ledger.analyses_due() == []
         clock.now += LEASE_S
-    assert ledger.analyses_owed() == []
+    assert ledger.analyses_due() == []
     assert state(ledger, row).state == "failed"
     with ledger() as session:
         last = session.query(Event).order_by(Event.id.desc()).first()
@@ -250,10 +222,10 @@ def test_dead_workers_are_overtaken_and_then_given_up(ledger: Ledger, clock: Clo
 
 def test_overtaken_worker_records_nothing(ledger: Ledger, clock: Clock) -> None:
     row = add_analysis(ledger)
-    slow = Lease(ledger, "analyse", row)
+    slow = Lease(ledger, AnalysisJob, row)
     assert slow.take()
     clock.now += LEASE_S
-    quick = Lease(ledger, "analyse", row)
+    quick = Lease(ledger, AnalysisJob, row)
     assert quick.take()
     with pytest.raises(LeaseLost), slow.finish("done") as session:
         session.add(
@@ -266,11 +238,11 @@ def test_overtaken_worker_records_nothing(ledger: Ledger, clock: Clock) -> None:
     assert state(ledger, row).state == "done"
 
 
-def test_lease_is_renewed_while_work_goes_on(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "LEASE_S", 0.2)
+def test_lease_is_renewed_while_work_goes_on(ledger: Ledger) -> None:
+    ledger.timeouts = Timeouts(lease_s=0.2)
     row = add_analysis(ledger)
     renewed = threading.Event()
-    with ledger.lease("analyse", row) as lease:
+    with ledger.lease(AnalysisJob, row) as lease:
         assert lease is not None
         first = state(ledger, row).lease_until
         for _ in range(100):
@@ -281,12 +253,12 @@ def test_lease_is_renewed_while_work_goes_on(ledger: Ledger, monkeypatch: pytest
     assert renewed.is_set()
 
 
-def test_sweep_rings_once_in_a_while(ledger: Ledger, clock: Clock) -> None:
+def test_sweep_dispatches_once_in_a_while(ledger: Ledger, clock: Clock) -> None:
     row = add_analysis(ledger)
-    assert ledger.analyses_owed() == [row]
-    assert ledger.analyses_owed() == []
-    clock.now += RING_AGAIN_S + 1
-    assert ledger.analyses_owed() == [row]
+    assert ledger.analyses_due() == [row]
+    assert ledger.analyses_due() == []
+    clock.now += ledger.timeouts.notify_again_s + 1
+    assert ledger.analyses_due() == [row]
 
 
 def test_object_is_owed_to_a_peer_once(ledger: Ledger) -> None:
@@ -303,39 +275,40 @@ def test_object_is_owed_to_a_peer_once(ledger: Ledger) -> None:
         session.add(Delivery(object_id=object_id, peer="pacs"))
 
 
-@pytest.mark.parametrize("work", ["analyse", "deliver", "line"])
+@pytest.mark.parametrize("kind", list(Kind))
 @pytest.mark.parametrize("attempts", [1, 2, 5, 10, 80])
-def test_backoff_grows_up_to_its_bound(work: Work, attempts: int) -> None:
-    first, factor, most = BACKOFF[work]
+def test_backoff_grows_up_to_its_bound(kind: Kind, attempts: int) -> None:
+    backoff_s = Timeouts().backoff_s
+    first, factor, most = Timeouts().backoff[kind]
     assert most <= MAX_BACKOFF_S
-    assert backoff_s(work, attempts, lambda: 0.0) == min(first * factor ** (attempts - 1), most)
-    assert backoff_s(work, attempts, lambda: 1.0) == pytest.approx(1.2 * backoff_s(work, attempts, lambda: 0.0))
+    assert backoff_s(kind, attempts, lambda: 0.0) == min(first * factor ** (attempts - 1), most)
+    assert backoff_s(kind, attempts, lambda: 1.0) == pytest.approx(1.2 * backoff_s(kind, attempts, lambda: 0.0))
 
 
-def test_analysis_that_is_given_up_stays_owed_until_the_study_is_told(ledger: Ledger, clock: Clock) -> None:
-    row = add_analysis(ledger, tell=True)
+def test_analysis_that_failed_stays_due_until_that_is_reported(ledger: Ledger, clock: Clock) -> None:
+    row = add_analysis(ledger, report=True)
     for _ in range(MAX_ANALYSIS_ATTEMPTS):
-        with pytest.raises(OSError, match="disk"), ledger.lease("analyse", row):
+        with pytest.raises(OSError, match="disk"), ledger.lease(AnalysisJob, row):
             raise OSError("disk")
         clock.now += 2 * MAX_BACKOFF_S
     given_up = state(ledger, row)
-    assert (given_up.state, given_up.attempts) == ("waiting", 0)
+    assert (given_up.state, given_up.attempts) == ("report_due", 0)
     assert given_up.gave_up is not None
-    with ledger.lease("analyse", row) as lease:
+    with ledger.lease(AnalysisJob, row) as lease:
         assert lease is not None
         with lease.finish("failed", "told"):
             pass
-    assert ledger.analyses_owed() == []
+    assert ledger.analyses_due() == []
     ledger.retry(given_up.series_id)
     assert state(ledger, row).gave_up is None
 
 
 def test_worker_that_is_stopped_hands_back_without_an_attempt(ledger: Ledger) -> None:
     row = add_analysis(ledger)
-    with pytest.raises(KeyboardInterrupt), ledger.lease("analyse", row):
+    with pytest.raises(KeyboardInterrupt), ledger.lease(AnalysisJob, row):
         raise KeyboardInterrupt
     assert (state(ledger, row).state, state(ledger, row).attempts) == ("waiting", 0)
-    assert ledger.analyses_owed() == [row]
+    assert ledger.analyses_due() == [row]
 
 
 def add_deliveries(ledger: Ledger, analysis: int, *peers: str, objects: int = 3) -> None:
@@ -347,64 +320,64 @@ def add_deliveries(ledger: Ledger, analysis: int, *peers: str, objects: int = 3)
             session.add(made)
 
 
-def test_line_to_a_silent_peer_is_not_due_and_says_why(ledger: Ledger, clock: Clock) -> None:
+def test_unreachable_peer_is_not_due_and_says_why(ledger: Ledger, clock: Clock) -> None:
     add_deliveries(ledger, add_analysis(ledger), "dead", "alive")
-    assert ledger.peers_owed() == ["dead", "alive"]
-    assert ledger.peers_owed() == []
-    with ledger.line("dead") as line:
-        assert line is not None
-        with ledger.line("dead") as second:
+    assert ledger.peers_due() == ["dead", "alive"]
+    assert ledger.peers_due() == []
+    with ledger.peer_lease("dead") as held:
+        assert held is not None
+        with ledger.peer_lease("dead") as second:
             assert second is None
-        line.silent("no connection")
-    clock.now += RING_AGAIN_S + 1
-    with ledger.line("dead") as line:
-        assert line is not None
-        line.silent("no connection")
-    with ledger.line("dead") as line:
-        assert line is None
+        held.unreachable("no connection")
+    clock.now += ledger.timeouts.notify_again_s + 1
+    with ledger.peer_lease("dead") as held:
+        assert held is not None
+        held.unreachable("no connection")
+    with ledger.peer_lease("dead") as held:
+        assert held is None
     with ledger() as session:
         reasons = {(d.peer, d.reason, d.attempts) for d in session.query(Delivery)}
         told = [event.text for event in session.query(Event)]
     assert reasons == {("dead", "no connection", 0), ("alive", "", 0)}
     assert told == ["not delivered yet, tried again until dead answers: no connection"]
-    assert ledger.peers_owed() == ["alive"]
-    clock.now += 2 * BACKOFF["line"][2]
-    with ledger.line("dead") as line:
-        assert line is not None
-        line.answered()
+    assert ledger.peers_due() == ["alive"]
+    clock.now += 2 * ledger.timeouts.backoff[Kind.PEER].most_s
+    with ledger.peer_lease("dead") as held:
+        assert held is not None
+        held.answered()
     with ledger() as session:
         assert {d.reason for d in session.query(Delivery)} == {""}
         assert [event.text for event in session.query(Event)][1:] == ["dead answers again"]
-    assert ledger.peers_owed() == ["dead", "alive"]
+    assert ledger.peers_due() == ["dead", "alive"]
 
 
-def test_line_that_was_held_is_rung_for_at_once(ledger: Ledger) -> None:
+def test_peer_that_was_held_is_dispatched_at_once(ledger: Ledger) -> None:
     add_deliveries(ledger, add_analysis(ledger), "pacs")
-    assert ledger.peers_owed() == ["pacs"]
-    with ledger.line("pacs") as line:
-        assert line is not None
-        assert ledger.peers_owed() == []
-    assert ledger.peers_owed() == ["pacs"]
+    assert ledger.peers_due() == ["pacs"]
+    with ledger.peer_lease("pacs") as held:
+        assert held is not None
+        assert ledger.peers_due() == []
+    assert ledger.peers_due() == ["pacs"]
 
 
 def test_retry_lets_a_silent_peer_be_tried_now(ledger: Ledger) -> None:
     row = add_analysis(ledger)
     add_deliveries(ledger, row, "dead")
-    with ledger.line("dead") as line:
-        assert line is not None
-        line.silent("no connection")
+    with ledger.peer_lease("dead") as held:
+        assert held is not None
+        held.unreachable("no connection")
     ledger.retry(state(ledger, row).series_id)
-    with ledger.line("dead") as line:
-        assert line is not None
+    with ledger.peer_lease("dead") as held:
+        assert held is not None
 
 
 def test_urgent_analysis_overtakes_and_nothing_passed_over_is_forgotten(ledger: Ledger) -> None:
     rows = [add_analysis(ledger, uid=f"1.{n}", urgent=n == 2) for n in range(3)]
-    assert ledger.analyses_owed() == [rows[2], rows[0], rows[1]]
+    assert ledger.analyses_due() == [rows[2], rows[0], rows[1]]
     order = []
-    for bell in rows:
-        row = ledger.next_analysis(bell)
-        with ledger.lease("analyse", row) as lease:
+    for notified in rows:
+        row = ledger.next_analysis(notified)
+        with ledger.lease(AnalysisJob, row) as lease:
             assert lease is not None
             with lease.finish("done"):
                 order.append(row)
@@ -414,17 +387,17 @@ def test_urgent_analysis_overtakes_and_nothing_passed_over_is_forgotten(ledger: 
 
 @pytest.mark.parametrize("jump", [-1e9, -86400.0, -600.0, 86400.0, 1e9])
 def test_clock_that_jumps_forgets_nothing(ledger: Ledger, clock: Clock, jump: float) -> None:
-    waits, held = add_analysis(ledger), Lease(ledger, "analyse", add_analysis(ledger, uid="9.9"))
+    waits, held = add_analysis(ledger), Lease(ledger, AnalysisJob, add_analysis(ledger, uid="9.9"))
     assert held.take()
-    with pytest.raises(OSError, match="disk"), ledger.lease("analyse", waits):
+    with pytest.raises(OSError, match="disk"), ledger.lease(AnalysisJob, waits):
         raise OSError("disk")
     add_deliveries(ledger, waits, "pacs")
-    with ledger.line("pacs") as line:
-        assert line is not None
-        line.silent("no connection")
+    with ledger.peer_lease("pacs") as peer:
+        assert peer is not None
+        peer.unreachable("no connection")
     clock.now += jump + 3 * MAX_BACKOFF_S  # at most so long after the jump, whichever way it went
-    assert ledger.peers_owed() == ["pacs"]
-    assert sorted(ledger.analyses_owed()) == sorted((waits, held.row))
+    assert ledger.peers_due() == ["pacs"]
+    assert sorted(ledger.analyses_due()) == sorted((waits, held.row))
 
 
 #: What a node of version 0.1 wrote: one series, its analysis to be done again, an object that waits for a peer.
@@ -450,8 +423,8 @@ def test_ledger_of_the_first_version_is_brought_up_with_all_that_it_owes(tmp_pat
         assert (delivery.object.analysis.series.verdict, delivery.object.analysis.urgent) == ("route chest", False)
         assert delivery.object.analysis.method == "pneumonia"
         assert (delivery.attempts, delivery.reason, delivery.stored_at, delivery.asks) == (3, "no", None, 0)
-    assert ledger.peers_owed() == ["pacs"]
-    assert ledger.analyses_owed() == [1]
+    assert ledger.peers_due() == ["pacs"]
+    assert ledger.analyses_due() == [1]
     ledger.engine.dispose()
 
 
@@ -463,8 +436,7 @@ class Workers(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.real_time, ledger_module.time = ledger_module.time, self.clock  # type: ignore[assignment]
-        self.ledger = Ledger("sqlite://")
+        self.ledger = Ledger("sqlite://", self.clock)
         Base.metadata.create_all(self.ledger.engine)
         self.row = add_analysis(self.ledger)
         self.holder: Lease | None = None
@@ -472,13 +444,12 @@ class Workers(RuleBasedStateMachine):
         self.done = 0
 
     def teardown(self) -> None:
-        ledger_module.time = self.real_time
         self.ledger.engine.dispose()
 
     @precondition(lambda self: not self.done)
     @rule(target=leases)
     def take(self) -> Lease:
-        lease = Lease(self.ledger, "analyse", self.row)
+        lease = Lease(self.ledger, AnalysisJob, self.row)
         # A lease that ends later than one ever lasts was written before the clock was put back.
         held = self.holder is not None and self.clock.now < self.held_until <= self.clock.now + 2 * LEASE_S
         if lease.take():
@@ -510,7 +481,7 @@ class Workers(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        self.ledger.analyses_owed()
+        self.ledger.analyses_due()
 
     @invariant()
     def never_forgotten(self) -> None:

@@ -17,11 +17,12 @@ from rich.progress import Progress
 from models.phantom.phantom import phantom
 from node import tasks
 from node.cli.folder import analyse_folder, closed_folder
-from node.cli.render import all_series, as_json, state, table, timeline
+from node.cli.render import table, timeline
 from node.config import Settings
 from node.images.phantom_series import write_series
 from node.installation import Node
-from node.ledger.store import Analysis
+from node.ledger.tables import AnalysisJob
+from node.ledger.views import all_series, as_json
 
 KINDS = ["infection-seg", "lung-seg", "sr", "capture", "pdf"]
 
@@ -51,7 +52,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     settings = {"data": tmp_path / "var", "peers": {"pacs": pacs}, "routes": [{"name": "chest", "to": {"pacs": KINDS}}]}
     made = Node.open(Settings.model_validate(settings))
     monkeypatch.setattr(tasks, "node", lambda: made)
-    monkeypatch.setattr(tasks, "ring", lambda *_: None)
+    monkeypatch.setattr(tasks, "dispatch", lambda *_: None)
     yield made
     made.ledger.engine.dispose()
 
@@ -66,14 +67,14 @@ def receive(here: Node, paths: Iterable[Path]) -> None:
     series_closed(here, dataclasses.replace(closed, calling_ae="PACS"))
 
 
-def analysed(here: Node) -> dict[str, Analysis]:
+def analysed(here: Node) -> dict[str, AnalysisJob]:
     """Do what is owed; gives the newest analyses by their acquisitions."""
-    for row in here.ledger.analyses_owed():
+    for row in here.ledger.analyses_due():
         tasks.analyse(row)
     return {one.acquisition: one for one in all_series(here.ledger)[0].analyses}
 
 
-def read(here: Node, analysis: Analysis) -> dict[str, Dataset]:
+def read(here: Node, analysis: AnalysisJob) -> dict[str, Dataset]:
     return {made.kind: dcmread(here.results / made.path) for made in analysis.objects}
 
 
@@ -126,12 +127,12 @@ def test_each_acquisition_has_objects_of_its_own_that_a_reader_can_tell_apart(
     for name, analysis in done.items():
         assert f"{name}: {analysis.reason}" in " ".join(text.split())
         assert f"{name}: infection-seg to pacs: waiting for a worker" in text
-    (told,) = as_json(all_series(here.ledger))
+    told = as_json(all_series(here.ledger)[0])
     assert [one["acquisition"] for one in told["analyses"]] == list(done)
 
     receive(here, sent[1])
     assert len(all_series(here.ledger)) == 1
-    assert here.ledger.analyses_owed() == []
+    assert here.ledger.analyses_due() == []
 
 
 def test_one_with_a_gap_is_told_of_and_late_slices_supersede_that_alone(
@@ -148,10 +149,10 @@ def test_one_with_a_gap_is_told_of_and_late_slices_supersede_that_alone(
     assert "acquisition 2: not analysed: incomplete: gap at z" in " ".join(shown(here).split())
     with here.ledger() as session:
         for analysis in before.values():
-            for made in session.get_one(Analysis, analysis.id).objects:
+            for made in session.get_one(AnalysisJob, analysis.id).objects:
                 for delivery in made.deliveries:
                     delivery.state = "done"
-    assert state(all_series(here.ledger)[0]) == "delivered"
+    assert all_series(here.ledger)[0].state == "delivered"
 
     receive(here, sent[2][20:21])
     after = analysed(here)

@@ -29,7 +29,6 @@ from models.registry import BUNDLES, ModelIdentity, load_bundle
 from models.runtime import CardMemoryError
 from node import tasks
 from node.cli.folder import NothingToAnalyse, analyse_folder, closed_folder
-from node.cli.render import all_series
 from node.config import Settings
 from node.images.phantom_series import write_series
 from node.images.volume import VolumeError
@@ -37,6 +36,7 @@ from node.installation import Node
 from node.intake import closing
 from node.intake.assembly import ClosedSeries
 from node.intake.verdict import Verdict
+from node.ledger.views import all_series
 from node.methods import registry
 from node.methods.pneumonia import method, pipeline
 from node.methods.pneumonia.outcome import outcome_of
@@ -103,7 +103,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     settings = {"data": tmp_path / "var", "peers": {"pacs": pacs}, "routes": routes, "worker": {"device": "cpu"}}
     made = Node.open(Settings.model_validate(settings))
     monkeypatch.setattr(tasks, "node", lambda: made)
-    monkeypatch.setattr(tasks, "ring", lambda *_: None)
+    monkeypatch.setattr(tasks, "dispatch", lambda *_: None)
     return made
 
 

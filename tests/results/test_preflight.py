@@ -18,10 +18,10 @@ from pydicom.uid import MultiFrameTrueColorSecondaryCaptureImageStorage
 from synthetic_chest import MODELS, MOMENT, Chest, Shape, make_chest
 
 from node import recording
-from node.cli.render import all_series, deliveries, state
 from node.config import Peer, Settings
 from node.installation import Node
-from node.ledger.store import Analysis as Row
+from node.ledger.tables import AnalysisJob as Row
+from node.ledger.views import all_series
 from node.results import kinds, makers, preflight
 from node.results.forms import Profile
 from node.results.kinds import maker_of
@@ -251,7 +251,7 @@ def test_peer_that_refuses_a_class_gets_the_capture_in_its_place(here: Node, che
         for _ in range(3):
             send(here, pacs.peer())
     (series,) = all_series(here.ledger)
-    assert [(one.object.kind, one.state) for one in deliveries(series)] == [
+    assert [(one.kind, one.state) for one in series.deliveries] == [
         ("infection-seg", "refused"),
         ("sr", "refused"),
         ("capture", "done"),
@@ -267,7 +267,7 @@ def test_peer_that_takes_all_gets_no_capture_that_its_route_does_not_name(here: 
     with bad_pacs(classes=["1.2.840.10008.5.1.4.1.1.88.34"]) as pacs:
         send(here, pacs.peer())
     (series,) = all_series(here.ledger)
-    assert [(one.object.kind, one.state) for one in deliveries(series)] == [("sr", "done")]
+    assert [(one.kind, one.state) for one in series.deliveries] == [("sr", "done")]
 
 
 def test_object_that_fails_its_check_is_never_sent_and_the_rest_goes(
@@ -285,14 +285,14 @@ def test_object_that_fails_its_check_is_never_sent_and_the_rest_goes(
     with bad_pacs(classes=classes) as pacs:
         send(here, pacs.peer())
         (series,) = all_series(here.ledger)
-        first, second = deliveries(series)
-        assert (first.object.kind, first.state, second.state) == ("lung-seg", "refused", "done")
+        first, second = series.deliveries
+        assert (first.kind, first.state, second.state) == ("lung-seg", "refused", "done")
         assert "stopped before sending" in first.reason
         assert "differs from what was found" in first.reason
-        assert first.object.path.endswith("lung-seg.stopped.dcm")
-        assert state(series) == "refused"
+        assert series.analyses[0].objects[0].path.endswith("lung-seg.stopped.dcm")
+        assert series.state == "refused"
         # Not even when somebody tries again by hand.
         assert here.ledger.retry(series.id) == 1
         send(here, pacs.peer())
     assert len(pacs.stored) == 1
-    assert [one.state for one in deliveries(all_series(here.ledger)[0])] == ["refused", "done"]
+    assert [one.state for one in all_series(here.ledger)[0].deliveries] == ["refused", "done"]

@@ -1,8 +1,8 @@
-"""Runs the migrations on the connection that `node.ledger.store.Ledger.migrate` hands over."""
+"""Runs the migrations on the connection that `node.ledger.database.migrate` hands over."""
 
 from alembic import context
 
-from node.ledger.store import Base
+from node.ledger.tables import Base
 
 context.configure(
     connection=context.config.attributes["connection"],

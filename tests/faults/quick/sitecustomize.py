@@ -20,15 +20,16 @@ from steps import SOCKET_S, STEPS
 from models.registry import ModelIdentity
 from node import tasks
 from node.delivery import outbox
+from node.installation import Node
 from node.intake import assembly
-from node.ledger import store
-from node.ledger.store import Lease
+from node.ledger.leases import Backoff, Lease, Timeouts
+from node.ledger.transitions import Kind
 from node.methods.pneumonia import method
 from node.operations import supervisor
 
-store.LEASE_S = 4.0
-store.RING_AGAIN_S = 2.0
-store.BACKOFF = {"analyse": (1.0, 1.5, 5.0), "deliver": (1.0, 1.5, 5.0), "line": (1.0, 1.5, 5.0)}
+_TIMEOUTS = Timeouts(lease_s=4.0, notify_again_s=2.0, backoff=dict.fromkeys(Kind, Backoff(1.0, 1.5, 5.0)))
+_OPEN = Node.open
+Node.open = lambda settings: _OPEN(settings, timeouts=_TIMEOUTS)
 outbox.LINGER_S = 0.5
 assembly.RETRY_S = 1.0
 supervisor.RESTART_S = (0.2, 1.0)
