@@ -42,10 +42,13 @@ from pynetdicom import AE
 from rich.console import Console
 from rich.table import Table
 
+from node.intake.admission import ListenerOptions
 from node.intake.assembly import Assembly
-from node.intake.listener import Listener, ListenerOptions
+from node.intake.listener import Listener
+from node.intake.series import Host
 from node.intake.spool import Spool
 from node.intake.transport import DIRECT, STOCK
+from node.network.settings import configure
 from node.operations.supervisor import settle
 from node.telemetry import logs
 
@@ -96,10 +99,11 @@ def serve(port: int, folder: Path, transport: Any, fsync: bool) -> None:
     if not fsync:
         os.fsync = lambda _descriptor: None
     logs.configure()
+    configure()
     listener = Listener(
         ListenerOptions(ae_title="LUNGNODE", port=port, host="127.0.0.1", transport=transport),
         Spool(folder),
-        Assembly(lambda _closed: None, 30),
+        Assembly(Host(), 30),
     )
     listener.start()
     settle()

@@ -10,9 +10,9 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from node.delivery import superseding
 from node.images.headers import first_header
 from node.installation import Node
+from node.ledger import superseding
 from node.ledger.events import EventKind
 from node.ledger.leases import Lease
 from node.ledger.record import record_event

@@ -24,7 +24,6 @@ import hypothesis
 import pytest
 
 from node.delivery import outbox as outbox_module
-from node.delivery import peer as peer_module
 from node.installation import LEDGER, Node
 from node.intake import closing
 from node.intake.assembly import ClosedSeries
@@ -34,6 +33,10 @@ from node.ledger.leases import Backoff, Timeouts
 from node.ledger.ledger import Ledger
 from node.ledger.transitions import Kind
 from node.methods import registry
+from node.network import associations
+from node.network.settings import configure
+
+configure()
 
 # A machine that is busy with other work is no reason to fail.
 hypothesis.settings.register_profile("lungnode", deadline=None)
@@ -157,7 +160,7 @@ def results(tmp_path: Path) -> Path:
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Waits of the delivery that a test has time for; those of the `ledger` are short, too."""
     monkeypatch.setattr(outbox_module, "LINGER_S", 0.0)
-    monkeypatch.setattr(peer_module, "TIMEOUT_S", 2.0)
+    monkeypatch.setattr(associations, "TIMEOUT_S", 2.0)
     yield
     gc.collect()  # sockets that pynetdicom dropped, while the test's filter of warnings is in force
 

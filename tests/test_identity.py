@@ -19,11 +19,13 @@ from pydicom.filereader import read_file_meta_info
 from raw_peer import RawPeer, request, store
 
 from node.config import Peer
-from node.delivery.peer import PeerError, echo
+from node.intake.admission import ListenerOptions
 from node.intake.assembly import Assembly
-from node.intake.listener import Listener, ListenerOptions
+from node.intake.listener import Listener
+from node.intake.series import Host
 from node.intake.series_count import count_instances
 from node.intake.spool import Spool
+from node.network.associations import PeerError, echo
 from node.results.makers import not_analysed
 
 Identity = tuple[str, str]
@@ -52,7 +54,7 @@ def negotiated(pdu: bytes) -> Identity:
 
 def test_listener_answers_with_the_stated_identity_and_writes_it_into_files(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool", 0)
-    listener = Listener(ListenerOptions("LUNGNODE", 0, "127.0.0.1"), spool, Assembly(lambda _: None, 60.0))
+    listener = Listener(ListenerOptions("LUNGNODE", 0, "127.0.0.1"), spool, Assembly(Host(), 60.0))
     listener.start()
     try:
         with RawPeer(listener.port) as peer:

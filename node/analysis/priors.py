@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from sqlalchemy import select
 
 from models.registry import ModelIdentity
-from node.intake.received import read_received
+from node.images.received import read_received
 from node.ledger.ledger import Ledger
 from node.ledger.tables import AnalysisJob, Series
 from node.ledger.transitions import State

@@ -27,14 +27,15 @@ from rich.text import Text
 from models.phantom.phantom import phantom
 from node.cli import render
 from node.config import CONFIG_VARIABLE, Peer, load
-from node.delivery.peer import VERIFICATION, Outgoing, PeerError, echo
+from node.delivery.peer import Outgoing
 from node.delivery.push import push_all
 from node.identity import application_entity
 from node.images.phantom_series import write_series
 from node.installation import Node
-from node.intake.listener import CANNOT_UNDERSTAND
+from node.intake.store import CANNOT_UNDERSTAND
 from node.ledger import views
 from node.ledger.views import SeriesView
+from node.network.associations import VERIFICATION, PeerError, echo
 from node.operations.supervisor import LUNGNODE
 from node.paths import InvalidUIDError, valid_uid, within
 from node.terminal import cell, progress

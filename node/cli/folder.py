@@ -14,11 +14,13 @@ from rich.progress import Progress
 
 from node.analysis import run
 from node.config import Settings
+from node.images.elements import HeaderError
+from node.images.received import ReceivedFile
 from node.images.volume import Volume, VolumeError
-from node.intake.assembly import Assembly, AssociationId, ClosedSeries
-from node.intake.header import HeaderError, InstanceHeader, read_header
-from node.intake.received import ReceivedFile
-from node.intake.spool import Stored
+from node.intake.assembly import Assembly
+from node.intake.header import InstanceHeader, read_header
+from node.intake.part import Stored
+from node.intake.series import AssociationId, ClosedSeries, Host
 from node.methods import registry
 from node.methods.outcome import Outcome, plain
 from node.paths import InvalidUIDError, valid_uid, within
@@ -113,10 +115,20 @@ def analyse_folder(
     return done
 
 
+class _Collecting(Host):
+    """Keeps what is closed."""
+
+    def __init__(self) -> None:
+        self.all: list[ClosedSeries] = []
+
+    def closed(self, closed: ClosedSeries) -> None:
+        self.all.append(closed)
+
+
 def closed_folder(folder: Path) -> list[ClosedSeries]:
     """Every series at or below a folder, closed and judged as the listener would."""
-    closed: list[ClosedSeries] = []
-    assembly = Assembly(closed.append, quiet_s=0.0)
+    host = _Collecting()
+    assembly = Assembly(host, quiet_s=0.0)
     association = AssociationId(0, "", "")
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
@@ -125,7 +137,7 @@ def closed_folder(folder: Path) -> list[ClosedSeries]:
             continue
     assembly.association_ended(association)
     assembly.tick()
-    return closed
+    return host.all
 
 
 def _header(path: Path) -> InstanceHeader:

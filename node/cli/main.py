@@ -59,9 +59,11 @@ _Version = Annotated[
 @app.callback()
 def _main(version: _Version = False) -> None:
     from node import permissions
+    from node.network.settings import configure
     from node.telemetry import logs
 
     permissions.keep_private()
+    configure()
     logs.configure("WARNING")  # commands that run as services say more
 
 
@@ -99,6 +101,7 @@ def up(config: Config = None) -> None:
 def listen(config: Config = None) -> None:
     """Receive series by C-STORE until stopped."""
     from node import permissions, tasks
+    from node.delivery import commitment
     from node.installation import Node
     from node.intake import closing
     from node.methods import registry
@@ -115,10 +118,14 @@ def listen(config: Config = None) -> None:
             permissions.close(settings.data, everything=True)
             sweeper = tasks.Sweeper(here)
             sweeper.start()
+            contexts, handlers = commitment.services(here.ledger, settings)
             listener = closing.intake(
                 here,
                 accepts=lambda method, closed: registry.find(method).accepts(closed),
                 dispatch=lambda rows: tasks.dispatch("analyse", rows),
+                contexts=contexts,
+                handlers=handlers,
+                reporters=commitment.reporters(settings),
             )
             listener.start()
             settle()
@@ -234,8 +241,9 @@ def send(
     config: Config = None,
 ) -> None:
     """Send DICOM files to a peer by C-STORE."""
-    from node.delivery.peer import Outgoing, PeerError
+    from node.delivery.peer import Outgoing
     from node.delivery.push import push_all
+    from node.network.associations import PeerError
 
     settings = _settings(config)
     target = _peer(settings, peer)
@@ -267,8 +275,8 @@ def echo(
     config: Config = None,
 ) -> None:
     """Ask a peer whether it is there (C-ECHO)."""
-    from node.delivery.peer import PeerError
-    from node.delivery.peer import echo as c_echo
+    from node.network.associations import PeerError
+    from node.network.associations import echo as c_echo
 
     settings = _settings(config)
     target = _peer(settings, peer)

@@ -22,12 +22,12 @@ from sqlalchemy import ScalarResult, delete, select, update
 from sqlalchemy.orm import Session
 
 from node.config import Peer, Settings
-from node.delivery.peer import NobodyThereError, PeerError, answering_association, hexadecimal, status_of
 from node.ledger.events import EventKind
 from node.ledger.ledger import Ledger
 from node.ledger.record import move, now, record_event
 from node.ledger.tables import Commitment, Delivery, Object
 from node.ledger.transitions import Kind, State
+from node.network.associations import NobodyThereError, PeerError, answering_association, hexadecimal, status_of
 from node.telemetry.logs import plainly
 from node.text import UID as UID_FORM
 

@@ -22,15 +22,16 @@ from sqlalchemy import select
 
 from node.config import Peer
 from node.delivery import commitment, fallback
-from node.delivery.peer import MAX_CONTEXTS, ByAssociation, Outgoing, PeerError, association, contexts_for
+from node.delivery.peer import ByAssociation, Outgoing, contexts_for
 from node.delivery.stow import ByStow
-from node.intake.header import HeaderError
+from node.images.elements import HeaderError
 from node.ledger.events import EventKind, render
 from node.ledger.leases import Lease, PeerLease
 from node.ledger.ledger import Ledger
 from node.ledger.record import move_all, now, record_event
 from node.ledger.tables import AnalysisJob, Delivery, Object, Series
 from node.ledger.transitions import PUT_BACK, TAKEN, State
+from node.network.associations import MAX_CONTEXTS, PeerError, association
 from node.paths import UnsafePathError, within
 from node.telemetry.logs import plainly
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from node.config import Peer
-from node.delivery.peer import MAX_CONTEXTS, Outgoing, PeerError, association, contexts_for, store
+from node.delivery.peer import Outgoing, contexts_for, store
+from node.network.associations import MAX_CONTEXTS, PeerError, association
 
 #: Called after each object: the object and None, or why the peer did not take it.
 Sent = Callable[[Outgoing, PeerError | None], None]

@@ -22,7 +22,8 @@ from typing import Any, Final
 import httpx
 
 from node.config import Settings, Stow
-from node.delivery.peer import CONNECT_S, SLOWEST_LINE, TIMEOUT_S, Outgoing, PeerError, hexadecimal
+from node.delivery.peer import SLOWEST_LINE, Outgoing
+from node.network.associations import CONNECT_S, TIMEOUT_S, PeerError, hexadecimal
 
 #: Bytes read from disk at a time.
 _BLOCK = 1 << 20

@@ -17,7 +17,7 @@ import structlog
 from sqlalchemy import delete, select
 
 from node.config import Settings
-from node.intake.spool import ASIDE, ATTEMPTS, END, SENDER, files
+from node.files.series_folder import ASIDE, ATTEMPTS, END, SENDER, files
 from node.ledger.events import EventKind
 from node.ledger.ledger import Ledger
 from node.ledger.record import now, record_event

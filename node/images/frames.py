@@ -28,9 +28,9 @@ from pydicom.uid import (
     LegacyConvertedEnhancedCTImageStorage,
 )
 
+from node.images.elements import HeaderError
 from node.images.geometry import VolumeError
-from node.intake.header import HeaderError
-from node.intake.received import ReceivedFile
+from node.images.received import ReceivedFile
 from node.text import uid as uid_text
 
 #: HU given to pixels that are declared as padding (PS3.3 C.7.5.1.1.2): the lowest value of an ordinary CT, as air.

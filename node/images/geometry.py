@@ -1,11 +1,14 @@
 """Slice positions and direction cosines → one regular grid, or the reason why there is none.
 
-Only numbers: nothing here reads DICOM. The reference is PS3.3 C.7.6.2.1.1 (Image Plane module).
+The one judge of slice geometry: intake asks it whether a series is whole and regular, and the volume is laid out by it,
+so that nothing is accepted here and refused there. Only numbers: nothing here reads DICOM. The reference is PS3.3
+C.7.6.2.1.1 (Image Plane module).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +18,25 @@ from numpy.typing import NDArray
 #: written with five digits or more.
 COSINE_TOLERANCE = 1e-3
 
-#: Slices nearer than this along the normal, mm, are at one position: no CT reconstructs thinner than 0.1 mm.
-DUPLICATE_MM = 0.01
+#: Slices nearer than this along the normal, mm, are at one position: decimal strings are rounded, and no CT
+#: reconstructs slices less than 0.1 mm apart.
+SAME_PLACE_MM = 0.05
 
-#: A step of this many times the usual one is a gap: at least half a slice is missing.
+#: A step of more than this many times the usual one is a gap: one missing slice makes it 2.
 GAP_FACTOR = 1.5
 
-#: How far a slice may lie from its place on the regular grid, mm. Scanners that write positions with one decimal are
-#: off by up to 0.1 mm (both ends rounded); twice that still is a fraction of any slice.
+#: How far a slice may lie from its place on the regular grid, mm. It is a length and no part of the step, as it bounds
+#: an error of place: masks, SEG frames and coordinates in reports are all put where the grid says. Scanners that write
+#: positions with one decimal are off by up to 0.1 mm (both ends rounded), so less would refuse sound series; more, such
+#: as the millimetre of a table that stops for each slice, would move a small lesion's edge by a slice of 1 mm.
 SPACING_TOLERANCE_MM = 0.2
+
+#: mm from the origin of the frame of reference beyond which a position is no place in a scanner room; it keeps sums and
+#: squares of positions finite.
+FARTHEST_MM = 1e6
+
+#: Relative difference that Pixel Spacing may have within a series: half a pixel over a 512 matrix.
+PIXEL_SPACING_TOLERANCE = 1e-3
 
 #: How far, in pixels, the slices may shift sideways from the first to the last, and any one from the line between
 #: them. Less than a pixel is rounding of positions and cosines; more is a tilted gantry or another field of view.
@@ -32,6 +45,72 @@ SIDEWAYS_TOLERANCE_PIXELS = 1.0
 
 class VolumeError(ValueError):
     """A series cannot be read as one regular volume; the message says why, free of patient data."""
+
+
+@dataclass(frozen=True)
+class Spacing:
+    """How slices follow one upon the other along their normal; numbers of slices are in sorted order, from 0."""
+
+    #: mm; the usual step, the smallest and the largest.
+    step: float
+    smallest: float
+    largest: float
+    #: Slices at the same place as the next one.
+    duplicates: tuple[int, ...]
+    #: Slices after which one or more are missing.
+    gaps: tuple[int, ...]
+    #: The slice that lies farthest from its place on a regular grid, and how far, mm.
+    farthest: int
+    off_mm: float
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether every slice lies at its place."""
+        return self.off_mm <= SPACING_TOLERANCE_MM
+
+
+def spacing(depths: Sequence[float] | NDArray[np.float64]) -> Spacing:
+    """Judge how slices are spaced.
+
+    Parameters
+    ----------
+    depths
+        mm along the slice normal, in ascending order, of two slices or more.
+    """
+    depth = np.asarray(depths, float)
+    steps = np.diff(depth)
+    # The lower quartile is the true step even when several slices are missing, and a few extra ones do not mislead it.
+    usual = float(np.sort(steps)[len(steps) // 4])
+    off = np.abs(depth - np.linspace(depth[0], depth[-1], len(depth)))
+    farthest = int(np.argmax(off))
+    return Spacing(
+        step=usual,
+        smallest=float(steps.min()),
+        largest=float(steps.max()),
+        duplicates=tuple(np.flatnonzero(steps < SAME_PLACE_MM).tolist()),
+        gaps=tuple(np.flatnonzero(steps > GAP_FACTOR * usual).tolist()),
+        farthest=farthest,
+        off_mm=float(off[farthest]),
+    )
+
+
+def require_same_planes(orientations: Sequence[Sequence[float]], pixel_spacings: Sequence[Sequence[float]]) -> None:
+    """Refuse slices that are not parallel, or whose pixels differ in size; of each slice, as `regular_grid` takes them.
+
+    Raises
+    ------
+    VolumeError
+        They differ by more than `COSINE_TOLERANCE` or `PIXEL_SPACING_TOLERANCE`.
+    """
+    if not np.allclose(orientations, orientations[0], rtol=0, atol=COSINE_TOLERANCE):
+        raise VolumeError("slices are not parallel: more than one Image Orientation (Patient)")
+    spacings = np.asarray(pixel_spacings, float)
+    if not np.allclose(spacings, spacings[0], rtol=PIXEL_SPACING_TOLERANCE, atol=0):
+        low, high = spacings.min(axis=0), spacings.max(axis=0)
+        raise VolumeError(
+            f"more than one pixel spacing: {low[0]:.4f} to {high[0]:.4f} mm between rows, "
+            f"{low[1]:.4f} to {high[1]:.4f} mm between columns"
+        )
 
 
 def regular_grid(
@@ -64,14 +143,16 @@ def regular_grid(
     Raises
     ------
     VolumeError
-        Cosines not orthogonal, duplicate positions, a gap, uneven spacing, tilt, slices out of line, or a single
-        slice of unknown thickness.
+        Cosines not orthogonal, positions beyond `FARTHEST_MM`, duplicate positions, a gap, uneven spacing, tilt,
+        slices out of line, or a single slice of unknown thickness.
     """
     row, column = np.asarray(orientation[:3], float), np.asarray(orientation[3:], float)
     _require_orthonormal(row, column)
     normal = np.cross(row, column)
     normal /= np.linalg.norm(normal)
     points = np.asarray(positions, float)
+    if np.abs(points).max() > FARTHEST_MM:
+        raise VolumeError("a slice position is too far from the origin to be one")
     depth = points @ normal
     order = np.argsort(depth, kind="stable")
     points, depth = points[order], depth[order]
@@ -104,25 +185,20 @@ def _require_orthonormal(row: NDArray[np.float64], column: NDArray[np.float64]) 
 
 def _require_regular(points: NDArray[np.float64], depth: NDArray[np.float64], normal: NDArray[np.float64]) -> None:
     """Refuse duplicates, gaps and uneven spacing, in sorted slices."""
-    steps = np.diff(depth)
-    # The lower median: of two steps the shorter is the usual one and the longer the gap.
-    expected = float(np.sort(steps)[(len(steps) - 1) // 2])
-
-    if duplicates := np.flatnonzero(steps < DUPLICATE_MM).tolist():
+    found = spacing(depth)
+    if duplicates := found.duplicates:
         more = f" (and {len(duplicates) - 1} more)" if len(duplicates) > 1 else ""
         raise VolumeError(f"two slices at {_place(points[duplicates[0]], normal)}{more}")
-    if gaps := np.flatnonzero(steps > GAP_FACTOR * expected).tolist():
+    if gaps := found.gaps:
         more = f" (and {len(gaps) - 1} more)" if len(gaps) > 1 else ""
+        apart = depth[gaps[0] + 1] - depth[gaps[0]]
         raise VolumeError(
-            f"gap at {_place(points[gaps[0]], normal)}: {steps[gaps[0]]:.2f} mm between slices, "
-            f"expected {expected:.2f}{more}"
+            f"gap at {_place(points[gaps[0]], normal)}: {apart:.2f} mm between slices, expected {found.step:.2f}{more}"
         )
-    even = np.linspace(depth[0], depth[-1], len(depth))
-    worst = int(np.argmax(np.abs(depth - even)))
-    if abs(depth[worst] - even[worst]) > SPACING_TOLERANCE_MM:
+    if not found.on_grid:
         raise VolumeError(
-            f"uneven spacing: slices are {steps.min():.2f} to {steps.max():.2f} mm apart; the slice at "
-            f"{_place(points[worst], normal)} is {abs(depth[worst] - even[worst]):.2f} mm off a regular grid"
+            f"uneven spacing: slices are {found.smallest:.2f} to {found.largest:.2f} mm apart; the slice at "
+            f"{_place(points[found.farthest], normal)} is {found.off_mm:.2f} mm off a regular grid"
         )
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from pydicom import Dataset
 from pydicom.errors import InvalidDicomError
 
-from node.intake.header import HeaderError
-from node.intake.received import read_received
+from node.images.elements import HeaderError
+from node.images.received import read_received
 
 
 def first_header(paths: Sequence[Path]) -> Dataset:

@@ -10,7 +10,7 @@ from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
 from models.phantom.phantom import Phantom
 from node import __version__
-from node.results.provenance import uid_of
+from node.identity import uid_of
 
 
 def write_series(phantom: Phantom, folder: Path, seed: int, acquisition: int = 1) -> list[Path]:

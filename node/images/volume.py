@@ -16,11 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from node.images.frames import Frame, decode_frames, read_frames
-from node.images.geometry import COSINE_TOLERANCE, VolumeError, regular_grid
+from node.images.geometry import VolumeError, regular_grid, require_same_planes
 from node.text import uid
-
-#: Relative difference that Pixel Spacing may have within a series: half a pixel over a 512 matrix.
-PIXEL_SPACING_TOLERANCE = 1e-3
 
 #: Voxels of a volume, at most, for which memory is taken: 4 GiB as int16. The largest that scanners make are some 2,000
 #: slices of 1024 x 1024.
@@ -158,17 +155,7 @@ def _require_one_series(frames: Sequence[Frame]) -> None:
     _require_same("series", [frame.series_instance_uid for frame in frames], uid)
     _require_same("frames of reference", [frame.frame_of_reference_uid for frame in frames], uid)
     _require_same("matrix sizes", [frame.matrix for frame in frames], lambda matrix: f"{matrix[0]} x {matrix[1]}")
-
-    first = frames[0]
-    if not np.allclose([f.orientation for f in frames], first.orientation, rtol=0, atol=COSINE_TOLERANCE):
-        raise VolumeError("slices are not parallel: more than one Image Orientation (Patient)")
-    spacings = np.array([frame.pixel_spacing for frame in frames])
-    if not np.allclose(spacings, first.pixel_spacing, rtol=PIXEL_SPACING_TOLERANCE, atol=0):
-        low, high = spacings.min(axis=0), spacings.max(axis=0)
-        raise VolumeError(
-            f"more than one pixel spacing: {low[0]:.4f} to {high[0]:.4f} mm between rows, "
-            f"{low[1]:.4f} to {high[1]:.4f} mm between columns"
-        )
+    require_same_planes([frame.orientation for frame in frames], [frame.pixel_spacing for frame in frames])
 
 
 def _require_same(what: str, values: Iterable[_T], shown: Callable[[_T], str]) -> None:

@@ -6,24 +6,30 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 from pydicom import Dataset
+from pynetdicom.presentation import PresentationContext
 from sqlalchemy import case, func, select
 from sqlalchemy.exc import OperationalError
 
 from node.config import Route
-from node.delivery import commitment, superseding
+from node.files.series_folder import attempts, begin_attempt, end_attempt
 from node.images.headers import first_header
 from node.installation import Node
-from node.intake.assembly import Assembly, AssociationId, ClosedSeries, Conflict
-from node.intake.listener import Listener, ListenerOptions
+from node.intake.admission import ListenerOptions
+from node.intake.assembly import Assembly
+from node.intake.header import InstanceHeader
+from node.intake.listener import Listener
+from node.intake.series import Adoption, AssociationId, ClosedSeries, Conflict, Host
 from node.intake.series_count import Counter
-from node.intake.spool import Spool, attempts, begin_attempt, end_attempt
+from node.intake.spool import Spool
 from node.intake.verdict import Verdict
+from node.ledger import superseding
 from node.ledger.events import EventKind
 from node.ledger.record import record_event
 from node.ledger.tables import SET_ASIDE, AnalysisJob, Event, Series
@@ -55,8 +61,29 @@ Dispatch = Callable[[Iterable[int]], None]
 _LOCKS: list[int] = []
 
 
-def intake(here: Node, accepts: Accepts, dispatch: Dispatch) -> Listener:
-    """The listener of this installation, ready to start, with what was open when the last one ended."""
+def intake(
+    here: Node,
+    accepts: Accepts,
+    dispatch: Dispatch,
+    *,
+    contexts: Sequence[PresentationContext] = (),
+    handlers: Sequence[tuple[Any, ...]] = (),
+    reporters: Collection[str] = (),
+) -> Listener:
+    """The listener of this installation, ready to start, with what was open when the last one ended.
+
+    Parameters
+    ----------
+    contexts, handlers
+        Of further services that answer at the same address, as `Listener` takes them.
+    reporters
+        AE titles that may open an association for these services without being a sender.
+
+    Raises
+    ------
+    OSError
+        Another listener works on this installation.
+    """
     me = here.settings.listener
     # Two listeners on one spool would clear away each other's half-written files. The lock goes with the process.
     lock = os.open(here.settings.data / "listener.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
@@ -69,19 +96,10 @@ def intake(here: Node, accepts: Accepts, dispatch: Dispatch) -> Listener:
     spool = Spool(here.spool, me.disk_floor_mb << 20)
     counting = {peer.ae_title: peer for peer in here.settings.peers_that_may("count").values()}
     counter = Counter(counting, me.ae_title)
-    assembly = Assembly(
-        lambda closed: series_closed(here, closed, accepts, dispatch),
-        me.quiet_period_s,
-        recall=lambda study, series: ((one.header, one.path) for one in spool.series(study, series)),
-        lacking=here.ledger.lacks,
-        count=counter.ask,
-        ended=spool.end,
-        adopt=spool.adopt,
-        conflict=lambda conflict: conflict_found(here, conflict),
-    )
+    assembly = Assembly(_Host(here, spool, counter, accepts, dispatch), me.quiet_period_s)
     _take_up(here, spool, assembly)
     senders = {peer.ae_title for peer in here.settings.peers_that_may("send").values()}
-    senders |= commitment.reporters(here.settings)
+    senders |= set(reporters)
     options = ListenerOptions(
         ae_title=me.ae_title,
         host=me.host,
@@ -91,8 +109,39 @@ def intake(here: Node, accepts: Accepts, dispatch: Dispatch) -> Listener:
         transport=me.transport,
         addresses=here.settings.peer_addresses(here.settings.data / "addresses.json"),
     )
-    contexts, handlers = commitment.services(here.ledger, here.settings)
     return Listener(options, spool, assembly, contexts=contexts, handlers=handlers, stopped=counter.stop)
+
+
+@dataclass(frozen=True)
+class _Host(Host):
+    """This installation, for the assembly."""
+
+    here: Node
+    spool: Spool
+    counter: Counter
+    accepts: Accepts
+    dispatch: Dispatch
+
+    def closed(self, closed: ClosedSeries) -> None:
+        series_closed(self.here, closed, self.accepts, self.dispatch)
+
+    def conflict(self, conflict: Conflict) -> None:
+        conflict_found(self.here, conflict)
+
+    def recall(self, study_uid: str, series_uid: str) -> Iterable[tuple[InstanceHeader, Path]]:
+        return ((one.header, one.path) for one in self.spool.series(study_uid, series_uid))
+
+    def lacks(self, study_uid: str, series_uid: str) -> bool:
+        return self.here.ledger.lacks(study_uid, series_uid)
+
+    def count(self, calling_ae: str, study_uid: str, series_uid: str, answer: Callable[[int | None], None]) -> bool:
+        return self.counter.ask(calling_ae, study_uid, series_uid, answer)
+
+    def ended(self, study_uid: str, series_uid: str, instances: int | None) -> None:
+        self.spool.end(study_uid, series_uid, instances)
+
+    def adopt(self, study_uid: str, series_uid: str, sender: str, same: Collection[str]) -> Adoption:
+        return self.spool.adopt(study_uid, series_uid, sender, same)
 
 
 def series_closed(here: Node, closed: ClosedSeries, accepts: Accepts, dispatch: Dispatch) -> None:

@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 from pydicom import Dataset
+from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made at import
     StudyRootQueryRetrieveInformationModelFind,
 )
 
 from node.config import Peer
-from node.identity import application_entity
+from node.network.associations import PeerError, association, hexadecimal, status_of
 from node.telemetry.logs import plainly
 
 log = structlog.stdlib.get_logger(__name__)
@@ -65,7 +66,7 @@ class Counter:
     def ask(self, calling_ae: str, study_uid: str, series_uid: str, tell: Tell) -> bool:
         """Begin to ask the sender of a series; `tell` gets the count, or None. False where it may not be asked.
 
-        `tell` is not called when the series is asked for anew before its turn has come.
+        `tell` is not called when the series is asked for again before its turn has come.
         """
         peer, series = self._peers.get(calling_ae), (study_uid, series_uid)
         with self._lock:
@@ -95,27 +96,29 @@ class Counter:
 
 def count_instances(peer: Peer, ae_title: str, study_uid: str, series_uid: str) -> int | None:
     """Number of Series Related Instances (0020,1209) as the peer has it; None when it does not say."""
-    ae = application_entity(ae_title)
-    ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = TIMEOUT_S
-    ae.add_requested_context(QUERY_MODEL)
-    association = ae.associate(peer.host, peer.port, ae_title=peer.ae_title)
-    count = None
-    if association.is_established:
-        query = Dataset()
-        query.QueryRetrieveLevel = "SERIES"
-        query.StudyInstanceUID, query.SeriesInstanceUID = study_uid, series_uid
-        query.NumberOfSeriesRelatedInstances = ""
-        for n, (status, found) in enumerate(association.send_c_find(query, QUERY_MODEL)):
-            if n >= _MOST_ANSWERS:
-                association.abort()
-                break
-            if status.get("Status") in _PENDING and found is not None and found.get("SeriesInstanceUID") == series_uid:
-                count = int(found.get("NumberOfSeriesRelatedInstances") or 0)
-                count = count if 0 < count < 1 << 31 else None  # an IS has 32 bits (PS3.5 table 6.2-1)
-        association.release()
+    query = Dataset()
+    query.QueryRetrieveLevel = "SERIES"
+    query.StudyInstanceUID, query.SeriesInstanceUID = study_uid, series_uid
+    query.NumberOfSeriesRelatedInstances = ""
+    count, because = None, "no match"
+    try:
+        with association(peer, ae_title, [build_context(QUERY_MODEL)], timeout_s=TIMEOUT_S) as made:
+            for n, (answer, found) in enumerate(made.send_c_find(query, QUERY_MODEL)):
+                if n >= _MOST_ANSWERS:
+                    count, because = None, f"more than {_MOST_ANSWERS} answers"
+                    made.abort()
+                    break
+                status = status_of(answer)
+                if status not in _PENDING:
+                    because = because if status == 0x0000 else f"C-FIND answered {hexadecimal(status)}"
+                elif found is not None and found.get("SeriesInstanceUID") == series_uid:
+                    count = int(found.get("NumberOfSeriesRelatedInstances") or 0)
+                    count = count if 0 < count < 1 << 31 else None  # an IS has 32 bits (PS3.5 table 6.2-1)
+    except PeerError as error:
+        because = str(error)
     if count is None:
         mend = (
             f"check with `lungnode echo`, and that it answers C-FIND; or take 'count' out of what {peer.ae_title} may"
         )
-        log.warning("the peer tells no count of a series", peer=peer.ae_title, mend=mend)
+        log.warning("peer returned no instance count for the series", peer=peer.ae_title, reason=because, mend=mend)
     return count

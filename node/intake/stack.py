@@ -1,4 +1,7 @@
-"""Slices in space: do they tile a stack evenly, is one missing, or does geometry not tell?
+"""Slices in space: do they make one regular stack, is one missing, or does geometry not tell?
+
+Which slices belong together is decided here; how they are spaced, and whether they make a grid, by
+`node.images.geometry`, as for the volume.
 
 Slices are ordered along the slice normal, row × column cosine (PS3.3 C.7.6.2.1.1), never by instance number or slice
 location, which scanners and archives rewrite.
@@ -14,13 +17,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+from node.images.geometry import GAP_FACTOR, SAME_PLACE_MM, VolumeError, regular_grid, require_same_planes, spacing
 from node.intake.header import InstanceHeader
-
-#: Two neighbouring slices further apart than this many steps have a missing slice between them (which makes it 2).
-GAP_STEPS = 1.5
-
-#: mm within which two slices are at the same place: decimal strings are rounded, slices are not this thin.
-SAME_PLACE_MM = 0.05
 
 #: Normals whose cosine is above this (2.6 degrees) belong to one stack.
 SAME_NORMAL = 0.999
@@ -42,19 +40,25 @@ Vector = tuple[float, float, float]
 class Tiling:
     """How the slices of a series lie in space."""
 
-    kind: Literal["even", "gap", "unknown"]
-    #: In words: the extent and step, where the gaps are, or why geometry does not tell.
+    #: 'uneven': no slice is missing, and yet they make no regular grid, such as with a tilted gantry.
+    kind: Literal["even", "uneven", "gap", "unknown"]
+    #: In words: the extent and step, where the gaps are, why there is no grid, or why geometry does not tell.
     detail: str
     #: mm along the slice normal, of the first and last slice of the largest stack.
     first: float = 0.0
     last: float = 0.0
     #: mm between neighbours.
     step: float = 0.0
-    #: Slices at one place: over 1 where a series holds phases or reconstructions one upon the other.
+    #: Slices per position; greater than 1 when the series stacks several phases or reconstructions.
     layers: int = 1
     #: Slices among the others that are of another acquisition or reconstruction, and too few to be judged: those that
     #: watch for the arrival of contrast, say.
     strays: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the slices tile space without a gap."""
+        return self.kind in ("even", "uneven")
 
     @property
     def extent_mm(self) -> float:
@@ -147,6 +151,8 @@ def count_reached(headers: Sequence[InstanceHeader]) -> bool:
 @dataclass(frozen=True, slots=True)
 class _Slice:
     along: float
+    #: mm, LPS.
+    position: Vector
     header: InstanceHeader
 
 
@@ -173,7 +179,7 @@ def _stacks(headers: Iterable[InstanceHeader]) -> list[list[_Slice]]:
             if len(stacks) >= MOST_VALUES:
                 return []
             stacks.append(stack)
-        stack[1].extend(_Slice(_dot(stack[0], at), header) for at in header.positions)
+        stack[1].extend(_Slice(_dot(stack[0], at), at, header) for at in header.positions)
     return [stack for _, stack in stacks]
 
 
@@ -181,7 +187,10 @@ def _judge(stack: list[_Slice]) -> Tiling:
     split = _enough(one for part in _acquired(stack) for one in _reconstructions(part.slices))
     judged = [one for part in split for one in part.slices]
     # Stacks one upon the other: a slice that one lacks is hidden by the other's, so each is judged alone.
-    worst = min((_lie(one.slices) for one in split), key=lambda t: (t.kind != "gap", -t.extent_mm))
+    each = ((_lie(one.slices), one.slices) for one in split)
+    worst, slices = min(each, key=lambda both: (both[0].kind != "gap", -both[0].extent_mm))
+    if worst.kind == "even" and worst.layers == 1 and (fault := _irregular(slices)):
+        worst = replace(worst, kind="uneven", detail=fault)
     layers = max(_lie(judged).layers, 2) if len(split) > 1 else worst.layers
     return replace(worst, layers=layers, strays=len(stack) - len(judged))
 
@@ -196,25 +205,39 @@ def _lie(stack: list[_Slice]) -> Tiling:
     places = _places(stack)
     layers = Counter(len(at) for at in places).most_common(1)[0][0]
     along = [at[0].along for at in places]
-    steps = sorted(b - a for a, b in pairwise(along))
-    if not steps:
+    if len(places) == 1:
         return Tiling("unknown", f"all {len(stack)} slices are at one place", along[0], along[0], 0.0, layers)
-    # The lower quartile is the true step even when several slices are missing, and a few extra ones do not mislead it.
-    step = steps[len(steps) // 4]
-    gaps = [(a + b) / 2 for a, b in pairwise(along) if b - a > GAP_STEPS * step]
+    found = spacing(along)
+    step = found.step
+    gaps = [(along[n] + along[n + 1]) / 2 for n in found.gaps]
     if gaps:
-        apart = f"{steps[-1]:z.1f} mm between slices, {step:z.1f} mm elsewhere"
+        apart = f"{found.largest:z.1f} mm between slices, {step:z.1f} mm elsewhere"
         return Tiling("gap", f"{_list_gaps(gaps)} ({apart})", along[0], along[-1], step, layers)
     most = max(map(len, places))
     thin = [at[0].along for at in places if len(at) < most]
     if thin:
         detail = f"{_list_gaps(thin)} (fewer slices there than elsewhere)"
         return Tiling("gap", detail, along[0], along[-1], step, layers)
-    if steps[-1] > GAP_STEPS * steps[0]:
-        detail = f"uneven spacing: {steps[0]:z.1f} to {steps[-1]:z.1f} mm between slices"
+    if not found.on_grid and found.largest > GAP_FACTOR * found.smallest:
+        detail = f"uneven spacing: {found.smallest:z.1f} to {found.largest:z.1f} mm between slices"
         return Tiling("gap", detail, along[0], along[-1], step, layers)
     detail = f"slices tile space from z={along[0]:z.1f} to z={along[-1]:z.1f} every {step:z.1f} mm"
     return Tiling("even", detail, along[0], along[-1], step, layers)
+
+
+def _irregular(slices: list[_Slice]) -> str:
+    """Why slices that leave no gap make no regular grid; empty where they do, or where the headers do not tell."""
+    planes = [(one.header.orientation, one.header.pixel_spacing) for one in slices]
+    known = [(orientation, pixels) for orientation, pixels in planes if orientation and pixels]
+    if len(known) < len(planes):
+        return ""
+    orientations, pixels = zip(*known, strict=True)
+    try:
+        require_same_planes(orientations, pixels)
+        regular_grid([one.position for one in slices], orientations[0], pixels[0], None)
+    except VolumeError as fault:
+        return str(fault)
+    return ""
 
 
 def _places(stack: list[_Slice]) -> list[list[_Slice]]:
@@ -274,7 +297,7 @@ def _reconstructions(stack: list[_Slice]) -> list[_Part]:
 def _is_one(stack: list[_Slice]) -> bool:
     """Whether slices make one stack, whatever else is said of them."""
     tiling = _lie(stack)
-    return tiling.kind == "even" and tiling.layers == 1
+    return tiling.whole and tiling.layers == 1
 
 
 def _split_by(part: _Part, name: str, value: Callable[[InstanceHeader], object]) -> list[_Part]:
@@ -317,7 +340,7 @@ def _are_strays(few: list[list[_Slice]], others: list[list[_Slice]], stack: list
     They do not where they fill a place that the others leave, or where another acquisition may just begin.
     """
     among = all(any(_overlap(slices, other) for other in others) for slices in few)
-    return among and not _is_one(stack) and all(_lie(other).kind == "even" for other in others)
+    return among and not _is_one(stack) and all(_lie(other).whole for other in others)
 
 
 def _overlap(*stacks: list[_Slice]) -> bool:

@@ -17,8 +17,8 @@ from pathlib import Path
 import pydicom
 from pydicom.dataset import Dataset
 
+from node.images.received import read_received
 from node.images.volume import Volume
-from node.intake.received import read_received
 from node.methods.outcome import NEUTRAL, Earlier, Outcome, Subject
 from node.results import kinds, not_analysed_report, preflight, rejection
 from node.results.capture import maker

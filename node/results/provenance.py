@@ -8,7 +8,6 @@ function of content, so that doing an analysis twice never puts a second object 
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,7 +20,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from models.registry import ModelIdentity
 from node import __version__
-from node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, MANUFACTURER, MODEL_NAME
+from node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, MANUFACTURER, MODEL_NAME, uid_of
 from node.methods.outcome import NEUTRAL, Subject
 
 #: Goes into every object, in the words that a reader can see.
@@ -101,12 +100,6 @@ class Analysis:
         return uid_of("device", self.serial_number)
 
 
-def uid_of(*names: str) -> str:
-    """UID that is a function of `names`: ``2.25.`` and a version 5 UUID in decimal (PS3.5 B.2)."""
-    name = "\n".join(names)
-    return f"2.25.{uuid.uuid5(_NAMESPACE, name).int}"
-
-
 def describe(
     dataset: Dataset,
     analysis: Analysis,
@@ -176,8 +169,6 @@ def ascii_text(text: str) -> str:
     """`text` with everything outside printable ASCII replaced, as it must fit any character set of a source."""
     return "".join(character if " " <= character <= "~" else "?" for character in " ".join(text.split()))
 
-
-_NAMESPACE = uuid.UUID("0f1dbb9c-5f6e-5d1a-9d55-2b0f8e7a6c31")
 
 #: Present even when the source lacks them: type 2 in the Patient and General Study modules (PS3.3 C.7.1.1, C.7.2.1).
 _TYPE_2 = (

@@ -23,7 +23,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import Comprehensive3DSRStorage, ComprehensiveSRStorage
 
 from node import __version__
-from node.identity import MANUFACTURER, MODEL_NAME
+from node.identity import MANUFACTURER, MODEL_NAME, uid_of
 from node.methods.codes import PRIVATE_SCHEME, QUALITY
 from node.methods.outcome import CodingScheme, Measurement, MeasurementGroup, Outline
 from node.results.contour import outer_contour
@@ -35,7 +35,6 @@ from node.results.provenance import (
     Analysis,
     SourceInstance,
     describe,
-    uid_of,
 )
 from node.results.references import named
 from node.results.segmentation import sop_class_uid

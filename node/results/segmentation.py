@@ -17,7 +17,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStor
 from pydicom.valuerep import DSfloat
 
 from node import __version__
-from node.identity import MANUFACTURER, MODEL_NAME
+from node.identity import MANUFACTURER, MODEL_NAME, uid_of
 from node.images.volume import Volume
 from node.methods.outcome import Segment
 from node.results.forms import Profile, SegForm
@@ -27,7 +27,6 @@ from node.results.provenance import (
     Analysis,
     describe,
     set_body_part,
-    uid_of,
 )
 from node.results.references import reference, sources
 

@@ -49,7 +49,15 @@ def listening(tmp_path: Path, ledger: Ledger) -> Iterator[int]:
     me = {"host": "127.0.0.1", "port": port}
     settings = Settings.model_validate({"data": tmp_path / "var", "listener": me, "peers": peers})
     Node.open(settings)
-    listener = closing.intake(Node(settings, ledger), accepts, lambda _: None)
+    contexts, handlers = commitment.services(ledger, settings)
+    listener = closing.intake(
+        Node(settings, ledger),
+        accepts,
+        lambda _: None,
+        contexts=contexts,
+        handlers=handlers,
+        reporters=commitment.reporters(settings),
+    )
     listener.start()
     yield port
     listener.stop()

@@ -17,8 +17,9 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage, generate_uid
 
 from node.config import Peer
-from node.delivery.peer import Outgoing, PeerError, echo
+from node.delivery.peer import Outgoing
 from node.delivery.push import push, push_all
+from node.network.associations import PeerError, echo
 
 #: pynetdicom drops the socket of a connection that failed without closing it; Python closes it, and warns.
 REFUSED = pytest.mark.filterwarnings("ignore:Exception ignored in.*socket:pytest.PytestUnraisableExceptionWarning")

@@ -19,9 +19,10 @@ from test_stow import web
 
 from node.config import Peer
 from node.delivery import commitment
-from node.delivery.peer import PeerError, association, contexts_for
+from node.delivery.peer import contexts_for
 from node.ledger.ledger import Ledger
 from node.ledger.tables import Delivery, Event
+from node.network.associations import PeerError, association
 
 pytestmark = [
     pytest.mark.usefixtures("short_waits"),

@@ -25,10 +25,11 @@ from sqlalchemy import select
 
 from node.config import ConfigError, Peer, Settings, Stow, parse
 from node.delivery import stow as stow_module
-from node.delivery.peer import Outgoing, PeerError
+from node.delivery.peer import Outgoing
 from node.delivery.stow import ByStow, credentials_in_the_clear, credentials_variable
 from node.ledger.ledger import Ledger
 from node.ledger.tables import Delivery, PeerRecord
+from node.network.associations import PeerError
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 

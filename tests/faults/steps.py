@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from node import recording
-from node.delivery import superseding
 from node.delivery.peer import ByAssociation
 from node.intake import closing
-from node.intake.spool import Part
+from node.intake.part import Part
+from node.ledger import superseding
 from node.ledger.leases import Lease
 from node.results import makers
 

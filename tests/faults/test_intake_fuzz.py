@@ -25,7 +25,8 @@ from made_instances import SERIES, STUDY, dataset, dataset_bytes, encoded
 from raw_peer import RELEASE, RawPeer, pdu, pdv, request, store, store_command
 from test_listener import Node
 
-from node.intake.header import HeaderError, read_header
+from node.images.elements import HeaderError
+from node.intake.header import read_header
 from node.intake.transport import DIRECT, STOCK
 
 pytestmark = pytest.mark.timeout(300)
@@ -122,6 +123,8 @@ import resource, signal, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
 from node.images.volume import VolumeError, read_volume
+from node.network.settings import configure
+configure()
 def too_long(*_):
     raise SystemExit("too long")
 signal.signal(signal.SIGALRM, too_long)

@@ -22,7 +22,10 @@ from structlog.testing import capture_logs
 from test_listener import Node
 
 from node.intake.listener import Listener
-from node.intake.transport import DIRECT, MAXIMUM_PDU, MAXIMUM_REQUEST, PORCH, STOCK, Transport
+from node.intake.transport import DIRECT, STOCK, Transport
+from node.intake.transport.pdu import MAXIMUM_PDU
+from node.intake.transport.request import MAXIMUM_REQUEST
+from node.intake.transport.server import MAXIMUM_PENDING
 from node.network.addresses import PeerAddresses, entry
 from node.telemetry.quota import IN_ALL, PER_ADDRESS, LogQuota
 
@@ -92,7 +95,7 @@ def test_a_thousand_silent_connections_cost_no_thread_and_hold_up_no_friend(star
         silent[-1].send(request()[: 20 + n % 100])
     assert threading.active_count() == threads
     assert friend_stores(node, 0) < 5
-    assert len(node.listener._server._porch) <= PORCH  # type: ignore[union-attr]
+    assert len(node.listener._server._pending) <= MAXIMUM_PENDING  # type: ignore[union-attr]
     for one in silent:
         one.close()
 
@@ -113,7 +116,7 @@ def test_half_open_probes_leave_nothing(start: Start) -> None:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert threading.active_count() <= threads + 1
     assert friend_stores(node, 0) < 5
-    wait_for(lambda: not node.listener._server._porch, 5, "the probes to be gone")  # type: ignore[union-attr]
+    wait_for(lambda: not node.listener._server._pending, 5, "the probes to be gone")  # type: ignore[union-attr]
 
 
 STRANGERS = (
@@ -369,13 +372,13 @@ def test_a_request_that_is_too_long_is_refused_by_its_head(start: Start, length:
 def test_what_a_stranger_asks_for_is_never_parsed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     node = start(**known())
     parsed: list[object] = []
-    monkeypatch.setattr("node.intake.transport._Handler", lambda *_: parsed.append(1))
-    monkeypatch.setattr("node.intake.transport._fault", lambda *_: parsed.append(1))
+    monkeypatch.setattr("node.intake.transport.server.Handler", lambda *_: parsed.append(1))
+    monkeypatch.setattr("node.intake.transport.server.fault_in", lambda *_: parsed.append(1))
     whole = large_request("NOBODY", 128, 40)
     with RawPeer(node.listener.port) as peer:
         peer.send(whole[:-1])
-        wait_for(lambda: any(one.answer for one in node.listener._server._porch.values()), 5, "the refusal")  # type: ignore[union-attr]
-        assert all(len(one.received) <= 74 for one in node.listener._server._porch.values())  # type: ignore[union-attr]
+        wait_for(lambda: any(one.answer for one in node.listener._server._pending.values()), 5, "the refusal")  # type: ignore[union-attr]
+        assert all(len(one.received) <= 74 for one in node.listener._server._pending.values())  # type: ignore[union-attr]
         peer.send(whole[-1:])
         assert peer.answer() == (3, b"\0\1\1\3")
         assert peer.answer() == (0, b"")
@@ -455,14 +458,14 @@ def test_1500_connections_that_ask_and_stay_cost_no_threads_and_few_lines(start:
 
 
 def test_one_address_pushes_no_other_out_of_those_that_wait(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("node.intake.transport.PORCH", 20)
+    monkeypatch.setattr("node.intake.transport.server.MAXIMUM_PENDING", 20)
     node, whole = start(), request()
     with RawPeer(node.listener.port, source="127.0.0.9") as slow, ExitStack() as stack:
         slow.send(whole[:50])  # it came first, and is slow
-        wait_for(lambda: len(node.listener._server._porch) == 1, 5, "the first")  # type: ignore[union-attr]
+        wait_for(lambda: len(node.listener._server._pending) == 1, 5, "the first")  # type: ignore[union-attr]
         for _ in range(100):
             stack.enter_context(RawPeer(node.listener.port, source="127.0.0.8"))
-        wait_for(lambda: len(node.listener._server._porch) == 20, 5, "the others")  # type: ignore[union-attr]
+        wait_for(lambda: len(node.listener._server._pending) == 20, 5, "the others")  # type: ignore[union-attr]
         slow.send(whole[50:])
         assert slow.answer()[0] == 2
 

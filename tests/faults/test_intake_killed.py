@@ -26,10 +26,14 @@ LISTENER = """
 import sys, threading
 from pathlib import Path
 from node.intake.assembly import Assembly
-from node.intake.listener import Listener, ListenerOptions
+from node.intake.admission import ListenerOptions
+from node.intake.listener import Listener
+from node.intake.series import Host
 from node.intake.spool import Spool
+from node.network.settings import configure
+configure()
 options = ListenerOptions(ae_title="LUNGNODE", port=0, host="127.0.0.1", transport=sys.argv[2])
-listener = Listener(options, Spool(Path(sys.argv[1])), Assembly(lambda closed: None, 60))
+listener = Listener(options, Spool(Path(sys.argv[1])), Assembly(Host(), 60))
 listener.start()
 print("port", listener.port, flush=True)
 threading.Event().wait()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import SHORT, series_closed
+from made_instances import host
 from pacs import BadPacs, bad_pacs
 from pydicom.uid import (
     BasicTextSRStorage,
@@ -292,7 +293,7 @@ def test_disk_that_is_full_when_a_series_closes_leaves_it_open_until_it_can_be_r
     folder = here.spool / "1.2" / "1.3"
     paths = write_series(chest(), folder, 3)
     paths[20].unlink()
-    assembly = Assembly(lambda closed: series_closed(here, closed), 0.0)
+    assembly = Assembly(host(closed=lambda closed: series_closed(here, closed)), 0.0)
     assembly.restore(
         AssociationId(1, "CT", "LUNGNODE"), ((one.header, one.path) for one in Spool(here.spool).series("1.2", "1.3"))
     )

@@ -23,10 +23,11 @@ from pydicom import dcmread
 
 from models.phantom.phantom import Phantom, phantom
 from node.config import Peer
-from node.delivery.peer import Outgoing, PeerError, association, contexts_for, store
+from node.delivery.peer import Outgoing, contexts_for, store
 from node.images.phantom_series import write_series
 from node.ledger.ledger import Ledger
 from node.ledger.views import SeriesView, all_series
+from node.network.associations import PeerError, association
 
 KINDS = ["infection-seg", "lung-seg", "sr", "capture"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import C_STORE
 
 from node.intake.header import InstanceHeader
+from node.intake.series import Host
 
 STUDY = "1.2.826.0.1.3680043.8.498.1"
 SERIES = f"{STUDY}.2"
@@ -39,6 +41,15 @@ def header(n: int, *, series: str = SERIES, z: float | None = None, **changes: A
         "positions": ((-180.0, -180.0, float(n) if z is None else z),),
     }
     return InstanceHeader(**{**values, **changes})
+
+
+def host(**methods: Callable[..., Any]) -> Host:
+    """What an assembly needs, with these methods in place of those that keep nothing."""
+    made = Host()
+    for name, method in methods.items():
+        assert hasattr(Host, name), name
+        setattr(made, name, method)
+    return made
 
 
 def dataset(n: int, *, series: str = SERIES, size: int = 32) -> Dataset:

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from node import __version__
 from node.cli.main import app
 from node.config import ADDRESSES_ENFORCED_FROM, Listener, parse
+from node.intake import admission
 from node.intake import listener as listener_module
 from node.intake.transport import DIRECT, STOCK
 from node.network import addresses as module
@@ -154,7 +155,7 @@ def test_an_upgraded_node_warns_once_per_peer_and_address(start: Start) -> None:
 
 
 def test_many_addresses_do_not_end_the_warnings(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener_module, "_WARNED", 2)
+    monkeypatch.setattr(admission, "_WARNED", 2)
     node = start(addresses=bound(("CT1", "127.0.0.1", None), enforce=False))
     callers = [f"127.0.0.{n}" for n in range(71, 75)]
     with capture_logs() as lines:

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
-from made_instances import STUDY, header
+from made_instances import STUDY, header, host
 
+from node.images.geometry import GAP_FACTOR
 from node.intake.assembly import (
     ANSWER_S,
-    ONE_ASSOCIATION_GRACE_S,
     RETRY_S,
     Assembly,
     AssociationId,
@@ -24,8 +24,8 @@ from node.intake.assembly import (
     Ending,
 )
 from node.intake.header import InstanceHeader
-from node.intake.spool import Stored
-from node.intake.stack import GAP_STEPS
+from node.intake.open_series import ONE_ASSOCIATION_GRACE_S
+from node.intake.part import Stored
 
 QUIET, GRACE = 30.0, 2.0
 CHEST, SCOUT, REPORT = f"{STUDY}.1", f"{STUDY}.2", f"{STUDY}.3"
@@ -45,15 +45,8 @@ class Rig:
         self.associations = 0
 
     def restarted(self) -> Assembly:
-        return Assembly(
-            self.take,
-            QUIET,
-            recall=self.recall,
-            lacking=self.lacks,
-            ended=self.note,
-            grace_s=GRACE,
-            clock=lambda: self.now,
-        )
+        around = host(closed=self.take, recall=self.recall, lacks=self.lacks, ended=self.note)
+        return Assembly(around, QUIET, grace_s=GRACE, clock=lambda: self.now)
 
     def note(self, study: str, series: str, instances: int | None) -> None:
         self.ends.pop((study, series), None)
@@ -167,7 +160,9 @@ def test_the_archive_s_count_is_a_witness(rig: Rig) -> None:
         assert (ae, study, series) == ("CT1", STUDY, CHEST)
         return True
 
-    rig.assembly = Assembly(rig.take, QUIET, count=count, recall=rig.recall, grace_s=GRACE, clock=lambda: rig.now)
+    rig.assembly = Assembly(
+        host(closed=rig.take, count=count, recall=rig.recall), QUIET, grace_s=GRACE, clock=lambda: rig.now
+    )
     rig.send_all(range(8))
     rig.wait(GRACE)
     assert rig.closed == []  # the answer is awaited
@@ -188,7 +183,7 @@ def test_the_archive_s_count_is_a_witness(rig: Rig) -> None:
 
 
 def test_an_archive_that_does_not_answer_is_not_waited_for_long(rig: Rig) -> None:
-    rig.assembly = Assembly(rig.take, QUIET, count=lambda *_: True, grace_s=GRACE, clock=lambda: rig.now)
+    rig.assembly = Assembly(host(closed=rig.take, count=lambda *_: True), QUIET, grace_s=GRACE, clock=lambda: rig.now)
     rig.send_all(range(10))
     rig.wait(ANSWER_S - 1)
     assert rig.closed == []
@@ -256,7 +251,9 @@ def test_whether_a_series_was_complete_is_asked_once_an_association_and_holds_up
         assert not other.is_alive()
         return rig.lacks(study, series)
 
-    rig.assembly = Assembly(rig.take, QUIET, recall=rig.recall, lacking=lacks, grace_s=GRACE, clock=lambda: rig.now)
+    rig.assembly = Assembly(
+        host(closed=rig.take, recall=rig.recall, lacks=lacks), QUIET, grace_s=GRACE, clock=lambda: rig.now
+    )
     rig.send_all(range(5))
     rig.wait(GRACE)
     for _ in range(2):
@@ -269,7 +266,9 @@ def test_a_resend_is_taken_though_it_cannot_be_learnt_whether_the_series_was_com
     def lacks(_study: str, _series: str) -> bool:
         raise OSError("the ledger is away")
 
-    rig.assembly = Assembly(rig.take, QUIET, recall=rig.recall, lacking=lacks, grace_s=GRACE, clock=lambda: rig.now)
+    rig.assembly = Assembly(
+        host(closed=rig.take, recall=rig.recall, lacks=lacks), QUIET, grace_s=GRACE, clock=lambda: rig.now
+    )
     rig.send_all(range(5), "aborted")
     rig.wait(QUIET)
     rig.send_all(range(5))
@@ -380,7 +379,7 @@ def test_what_comes_while_a_series_is_being_taken_closes_with_it_again(rig: Rig)
         if len(rig.closed) == 1:
             rig.send_all([5])
 
-    rig.assembly = Assembly(take, QUIET, grace_s=GRACE, clock=lambda: rig.now)
+    rig.assembly = Assembly(host(closed=take), QUIET, grace_s=GRACE, clock=lambda: rig.now)
     rig.send_all(range(5))
     rig.wait(GRACE)
     rig.wait(QUIET)
@@ -422,7 +421,7 @@ def test_a_series_that_had_ended_before_a_restart_is_counted_anew(rig: Rig) -> N
         return True
 
     rig.send_all(range(5))
-    rig.assembly = Assembly(rig.take, QUIET, count=count, clock=lambda: rig.now)
+    rig.assembly = Assembly(host(closed=rig.take, count=count), QUIET, clock=lambda: rig.now)
     rig.assembly.restore(AssociationId(0, "CT1", "LUNGNODE"), rig.recall(STUDY, CHEST), ended=True)
     rig.wait(QUIET + ANSWER_S)
     short = "incomplete: its sender has 10 instances of it, 5 came; no instance came for 30 s"
@@ -473,7 +472,7 @@ def test_a_resend_while_the_series_is_being_taken_is_no_resend_of_nothing(rig: R
             rig.send_all(range(5))
         rig.closed.append(closed)
 
-    rig.assembly = Assembly(take, QUIET, recall=rig.recall, grace_s=GRACE, clock=lambda: rig.now)
+    rig.assembly = Assembly(host(closed=take, recall=rig.recall), QUIET, grace_s=GRACE, clock=lambda: rig.now)
     rig.send_all(range(5), "aborted")
     rig.wait(QUIET)
     rig.wait(QUIET)
@@ -484,7 +483,7 @@ def test_predecessors_that_cannot_be_read_do_not_lose_the_late_slice(rig: Rig) -
     def broken(_study: str, _series: str) -> list[tuple[InstanceHeader, Path]]:
         raise OSError
 
-    rig.assembly = Assembly(rig.take, QUIET, recall=broken, grace_s=GRACE, clock=lambda: rig.now)
+    rig.assembly = Assembly(host(closed=rig.take, recall=broken), QUIET, grace_s=GRACE, clock=lambda: rig.now)
     rig.send_all([7])
     rig.wait(QUIET)
     assert [n for n, _, _ in rig.reasons()] == [1]
@@ -501,7 +500,7 @@ def test_a_series_is_read_from_the_spool_without_holding_up_other_associations(r
 
     rig.send_all(range(10))
     rig.wait(GRACE)
-    rig.assembly = Assembly(rig.take, QUIET, recall=recall, grace_s=GRACE, clock=lambda: rig.now)
+    rig.assembly = Assembly(host(closed=rig.take, recall=recall), QUIET, grace_s=GRACE, clock=lambda: rig.now)
     rig.send_all([10])
     rig.wait(QUIET)
     assert sorted(len(one.instances) for one in rig.closed[1:]) == [1, 11]
@@ -520,7 +519,7 @@ def test_a_series_that_is_closed_while_it_is_read_from_the_spool_lacks_nothing_a
 
     rig.send_all(range(10))
     rig.wait(GRACE)
-    rig.assembly = Assembly(rig.take, QUIET, recall=recall, grace_s=GRACE, clock=lambda: rig.now)
+    rig.assembly = Assembly(host(closed=rig.take, recall=recall), QUIET, grace_s=GRACE, clock=lambda: rig.now)
     rig.send_all([10])
     rig.wait(QUIET)
     assert {header.sop_instance_uid for header in rig.closed[-1].instances} == rig.spool[CHEST].keys()
@@ -598,7 +597,7 @@ class Interleaved(RuleBasedStateMachine):
             if closed.complete:
                 places = sorted(one.positions[0][2] for one in closed.instances)
                 steps = {b - a for a, b in pairwise(places)}
-                assert not steps or max(steps) <= (GAP_STEPS * min(steps) if series == SCOUT else 1.0)
+                assert not steps or max(steps) <= (GAP_FACTOR * min(steps) if series == SCOUT else 1.0)
                 assert not {uid for uid in self.refused if uid.startswith(f"{series}.")}
             else:
                 assert closed.reason.startswith("incomplete: ")

@@ -15,14 +15,16 @@ from test_spool import store
 
 from node.config import Settings
 from node.files import retention
+from node.files.series_folder import ATTEMPTS, attempts
 from node.installation import LEDGER, Node
 from node.intake import assembly as assembly_module
-from node.intake import closing
+from node.intake import closing, open_series
 from node.intake import spool as spool_module
 from node.intake.assembly import RETRY_S, Assembly, AssociationId
 from node.intake.header import InstanceHeader
 from node.intake.listener import Listener
-from node.intake.spool import ATTEMPTS, Spool, Stored, attempts
+from node.intake.part import Stored
+from node.intake.spool import Spool
 from node.intake.stack import Tiling
 from node.ledger import views
 from node.ledger.tables import Series
@@ -272,7 +274,7 @@ def test_two_deaths_at_a_series_are_forgotten_once_it_is_closed(
     folder = tmp_path / "spool" / STUDY / SERIES
     judge = closing.first_header
 
-    def dies(_: object) -> None:
+    def dies(*_: object) -> None:
         raise Death
 
     monkeypatch.setattr(closing, "first_header", dies)
@@ -358,14 +360,14 @@ def test_a_series_that_cannot_be_judged_holds_up_no_other_and_comes_to_an_end(
     spool, other = Spool(tmp_path / "spool"), f"{SERIES}.7"
     store(spool, raw=encoded(dataset(0, series=other)), series_uid=other, sop_uid=f"{other}.1")
     here, _, assembly = start(tmp_path)
-    tile = assembly_module.tile
+    tile = open_series.tile
 
     def fails(headers: list[InstanceHeader]) -> Tiling:
         if headers[0].series_instance_uid == SERIES:
             raise RecursionError
         return tile(headers)
 
-    monkeypatch.setattr(assembly_module, "tile", fails)
+    monkeypatch.setattr(open_series, "tile", fails)
     close_all(assembly)
     with here.ledger() as session:
         rows = {row.series_instance_uid: row.closed_because for row in session.query(Series)}

@@ -29,8 +29,10 @@ from pydicom.uid import (
 )
 
 from node import text
+from node.images import elements
+from node.images.elements import HeaderError
 from node.intake import header as header_module
-from node.intake.header import HeaderError, InstanceHeader, read_header
+from node.intake.header import InstanceHeader, read_header
 
 NATIVE = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
 
@@ -333,7 +335,7 @@ def test_an_enhanced_image_of_very_many_frames_is_read_whole(ts: UID, undefined:
 def test_a_header_costs_no_more_time_than_its_bytes_are_worth(
     ts: UID, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(header_module, "MOST_ELEMENTS", 30_000)
+    monkeypatch.setattr(elements, "MOST_ELEMENTS", 30_000)
     ds, size = dataset(0), 24 << 20
     del ds.PixelData
     one = {
@@ -354,14 +356,14 @@ def test_a_header_costs_no_more_time_than_its_bytes_are_worth(
         stream = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
         raw = stream.compress(raw) + stream.flush()
         assert len(raw) < 200_000
-    visited: list[header_module.Walk] = []
-    made = header_module.Walk.__init__
+    visited: list[elements.Walk] = []
+    made = elements.Walk.__init__
 
-    def remembered(walk: header_module.Walk, *arguments: Any) -> None:
+    def remembered(walk: elements.Walk, *arguments: Any) -> None:
         made(walk, *arguments)
         visited.append(walk)
 
-    monkeypatch.setattr(header_module.Walk, "__init__", remembered)
+    monkeypatch.setattr(elements.Walk, "__init__", remembered)
     tracemalloc.start()
     try:
         if what in ("tiny", "nested"):
@@ -378,6 +380,6 @@ def test_a_header_costs_no_more_time_than_its_bytes_are_worth(
 
 
 def test_a_small_deflated_data_set_may_have_few_elements_and_a_large_one_many() -> None:
-    few, many = (header_module.Walk(memoryview(b""), "little", True, 0, sent).left for sent in (200_000, 60 << 20))
+    few, many = (elements.Walk(memoryview(b""), "little", True, 0, sent).left for sent in (200_000, 60 << 20))
     assert few < 160_000
     assert many > 4_000_000

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import free_port, tool, wait_for
-from made_instances import SERIES, STUDY, dataset, dataset_bytes, encoded, save, send_raw
+from made_instances import SERIES, STUDY, dataset, dataset_bytes, encoded, host, save, send_raw
 from pydicom import DataElement, Dataset
 from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_VR
@@ -34,8 +34,10 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.sop_class import Verification
 
+from node.intake.admission import ListenerOptions
 from node.intake.assembly import Assembly, ClosedSeries
-from node.intake.listener import TRANSFER_SYNTAXES, Listener, ListenerOptions
+from node.intake.contexts import TRANSFER_SYNTAXES
+from node.intake.listener import Listener
 from node.intake.spool import Spool
 from node.intake.transport import DIRECT, STOCK
 
@@ -49,14 +51,13 @@ class Node:
     def __init__(self, folder: Path, floor_bytes: int = 0, **options: Any) -> None:
         self.closed: list[ClosedSeries] = []
         self.spool = Spool(folder / "spool", floor_bytes)
-        self.assembly = Assembly(
-            self.closed.append,
-            1.5,
+        around = host(
+            closed=self.closed.append,
             recall=lambda study, series: [(i.header, i.path) for i in self.spool.series(study, series)],
-            grace_s=0.2,
             ended=self.spool.end,
             adopt=self.spool.adopt,
         )
+        self.assembly = Assembly(around, 1.5, grace_s=0.2)
         values = {"ae_title": "LUNGNODE", "port": 0, "host": "127.0.0.1", **options}
         self.listener = Listener(ListenerOptions(**values), self.spool, self.assembly)
         self.listener.start()

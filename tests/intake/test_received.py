@@ -23,15 +23,14 @@ from pydicom.uid import (
 )
 
 from node.cli.folder import closed_folder
+from node.images import elements, received
 from node.images import volume as volume_module
+from node.images.elements import HeaderError, TooLargeError
 from node.images.frames import decode_frames, read_frames
 from node.images.headers import first_header
+from node.images.received import ReceivedFile, read_received
 from node.images.volume import VolumeError, read_volume
-from node.intake import header as header_module
-from node.intake import received
-from node.intake.header import HeaderError, TooLargeError
-from node.intake.received import ReceivedFile, read_received
-from node.intake.spool import file_meta
+from node.intake.file_meta import file_meta
 
 MB = 1 << 20
 SYNTAXES = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
@@ -137,7 +136,7 @@ def test_a_large_file_costs_no_more_memory_than_a_header(tmp_path: Path, what: s
 
 def test_no_more_is_inflated_than_held(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sizes = []
-    inflate = header_module.inflate
+    inflate = elements.inflate
     monkeypatch.setattr(received, "inflate", lambda *a: [made := inflate(*a), sizes.append(len(made[0]))][0])
     path = written(tmp_path / "1.dcm", deflated(encoded(image()) + bytes(100 * MB)), DeflatedExplicitVRLittleEndian)
     read_received(path)

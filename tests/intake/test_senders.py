@@ -17,10 +17,11 @@ from test_spool import store as keep
 
 from node.config import Settings
 from node.files.retention import drop_old
+from node.files.series_folder import SENDER
 from node.installation import Node
 from node.intake import closing
 from node.intake.listener import Listener
-from node.intake.spool import SENDER, Spool
+from node.intake.spool import Spool
 from node.ledger import views
 from node.ledger.tables import Series
 

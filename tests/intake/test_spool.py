@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from made_instances import SERIES, STUDY, dataset, dataset_bytes, encoded
 from pydicom import dcmread
 
-from node.intake.spool import Part, Spool, SpoolFullError, Stored
+from node.intake.part import Part, SpoolFullError, Stored
+from node.intake.spool import Spool
 from node.paths import InvalidUIDError
 from node.text import UID
 

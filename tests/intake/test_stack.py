@@ -9,10 +9,11 @@ from typing import cast
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from made_instances import AXIAL, header
 
+from node.images.geometry import VolumeError, regular_grid, require_same_planes
 from node.intake.header import InstanceHeader
 from node.intake.stack import Vector, acquisitions, normal, numbers_missing, tile
 
@@ -262,3 +263,70 @@ def test_slices_of_ever_other_directions_are_not_compared_with_each_other() -> N
     assert tile(headers).kind == "unknown"
     assert acquisitions(headers) == []
     assert time.process_time() - begun < 0.5
+
+
+@st.composite
+def laid_out(draw: st.DrawFn) -> list[InstanceHeader]:
+    """3 to 30 slices in any orientation, some of them missing, repeated, off their place, turned, or all sheared."""
+    count, step = draw(st.integers(3, 30)), draw(st.sampled_from([0.3, 0.625, 0.7, 1.0, 2.5, 5.0]))
+    a, b = draw(st.floats(-3, 3)), draw(st.floats(-1.5, 1.5))
+    row = np.array([math.cos(a), math.sin(a), 0.0])
+    column = np.array([-math.sin(a) * math.cos(b), math.cos(a) * math.cos(b), math.sin(b)])
+    normal_ = np.cross(row, column)
+    shear = draw(st.sampled_from([0.0, 0.0, 0.0, 0.004, 0.05, 0.3])) * step
+    places = [n * (step * normal_ + shear * column) for n in range(count)]
+    for _ in range(draw(st.integers(0, 2))):
+        n = draw(st.integers(0, len(places) - 1))
+        # Never just on a limit, where the last bit decides.
+        off = draw(st.sampled_from([0.0003, 0.03, 0.11, 0.19, 0.21, 0.4, 0.9, 2.1, step, -step]))
+        match draw(st.sampled_from(["missing", "repeated", "along", "sideways"])):
+            case "missing" if len(places) > 3:
+                del places[n]
+            case "repeated":
+                places.append(places[n] + 0.01 * normal_)
+            case "along":
+                places[n] = places[n] + off * normal_
+            case _:
+                places[n] = places[n] + off * row
+    orientation = tuple(np.concatenate([row, column]).tolist())
+    turned = tuple(np.concatenate([row, column + 0.003 * normal_]).tolist())
+    odd = draw(st.sampled_from([None, None, None, 0, 1]))
+    wide = draw(st.sampled_from([None, None, None, 0, 1]))
+    decimals = draw(st.sampled_from([1, 3, 6]))
+    return [
+        replace(
+            header(n),
+            orientation=turned if n == odd else orientation,
+            positions=(tuple(np.round(place, decimals).tolist()),),
+            pixel_spacing=(0.71, 0.71) if n == wide else (0.7, 0.7),
+        )
+        for n, place in draw(st.permutations(list(enumerate(places))))
+    ]
+
+
+@settings(max_examples=300)
+@given(laid_out())
+def test_what_intake_takes_for_one_even_stack_is_what_the_volume_is_laid_out_from(stack: list[InstanceHeader]) -> None:
+    """And the reverse: nothing is accepted here and refused there, or refused here and readable there."""
+    orientations = [one.orientation for one in stack if one.orientation]
+    pixels = [one.pixel_spacing for one in stack if one.pixel_spacing]
+    try:
+        require_same_planes(orientations, pixels)
+        regular_grid([one.positions[0] for one in stack], orientations[0], pixels[0], None)
+        readable = ""
+    except VolumeError as error:
+        readable = str(error)
+    tiling = tile(stack)
+    accepted = tiling.kind == "even" and tiling.layers == 1 and not tiling.strays
+    assert accepted == (not readable), (tiling, readable)
+
+
+def test_a_slice_off_its_place_is_no_gap_and_no_even_stack() -> None:
+    off = tile([header(n, z=2.5 * n + 0.4 * (n == 5)) for n in range(12)])
+    assert off.kind == "uneven"
+    assert off.whole
+    assert off.detail.endswith("the slice at z = 12.90 mm is 0.40 mm off a regular grid")
+    leaning = tile([header(n, positions=((0.0, 0.2 * n, float(n)),)) for n in range(12)])
+    assert (leaning.kind, leaning.detail[:16]) == ("uneven", "gantry tilt of 1")
+    far = tile([header(n, positions=((1e200, 0.0, float(n)),)) for n in range(12)])
+    assert (far.kind, far.detail) == ("uneven", "a slice position is too far from the origin to be one")

@@ -16,7 +16,8 @@ from pynetdicom.presentation import AllStoragePresentationContexts
 from test_header import part_10_files
 from test_listener import Node
 
-from node.intake.header import HeaderError, read_header
+from node.images.elements import HeaderError
+from node.intake.header import read_header
 from node.methods.pneumonia.triage import triage
 from node.text import UID
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from sqlalchemy import select
 
-from node.delivery import superseding
+from node.ledger import superseding
 from node.ledger.leases import MAX_BACKOFF_S, Lease, LeaseLost, PeerLease
 from node.ledger.ledger import Ledger
 from node.ledger.record import move, move_all

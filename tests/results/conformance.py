@@ -22,11 +22,13 @@ from pydicom.uid import UID
 from synthetic_chest import KINDS, MOMENT, Shape, make_chest
 
 from node import identity
-from node.delivery import commitment, peer
-from node.intake import listener, series_count, transport
+from node.delivery import commitment
+from node.intake import contexts, listener, series_count
+from node.intake.transport import pdu
 from node.methods.pneumonia import triage
 from node.methods.pneumonia.outcome import outcome_of
 from node.methods.pneumonia.subject import SUBJECT
+from node.network import associations
 from node.results import makers
 from node.results.forms import Profile
 
@@ -57,7 +59,7 @@ def tables(folder: Path) -> dict[str, str]:
     common = set.intersection(*(set(dataset.keys()) for dataset in one.objects.values()))
     told = {
         "classes": _classes(one.objects),
-        "syntaxes": _rows(("transfer syntax", "UID"), ((UID(uid).name, uid) for uid in listener.TRANSFER_SYNTAXES)),
+        "syntaxes": _rows(("transfer syntax", "UID"), ((UID(uid).name, uid) for uid in contexts.TRANSFER_SYNTAXES)),
         "limits": limits(),
         "common": _attributes(one, other, "infection-seg", common, among=True),
         "codes": _codes(one.objects),
@@ -131,7 +133,7 @@ def _classes(objects: dict[str, Dataset]) -> str:
     analysed = [(UID(uid).name, uid, "Storage SCP", "received, kept as sent, analysed") for uid in triage.CT_CLASSES]
     sent = [(_name(uid), uid, "Storage SCU; STOW-RS", "sent: " + ", ".join(made)) for uid, made in kinds.items()]
     services = [
-        ("Verification", peer.VERIFICATION, "SCP, SCU", "SCU: `lungnode echo`"),
+        ("Verification", associations.VERIFICATION, "SCP, SCU", "SCU: `lungnode echo`"),
         (UID(commitment.PUSH_MODEL).name, commitment.PUSH_MODEL, "SCU", "`commitment` of a peer"),
         (series_count.QUERY_MODEL.name, series_count.QUERY_MODEL, "SCU", "`may: [count]` of a peer"),
         ("every other storage SOP class, private ones too", "", "Storage SCP", "received, kept as sent, not analysed"),
@@ -149,11 +151,11 @@ def limits() -> str:
         ("application context", "1.2.840.10008.3.1.1.1"),
         ("implementation class UID", identity.IMPLEMENTATION_CLASS_UID),
         ("implementation version name", identity.IMPLEMENTATION_VERSION_NAME),
-        ("largest PDU received", f"{transport.MAXIMUM_PDU} bytes"),
-        ("largest PDU asked for when sending", f"{peer.MAX_PDU} bytes"),
-        ("presentation contexts on an association that we open", f"{peer.MAX_CONTEXTS} at most"),
+        ("largest PDU received", f"{pdu.MAXIMUM_PDU} bytes"),
+        ("largest PDU asked for when sending", f"{associations.MAX_PDU} bytes"),
+        ("presentation contexts on an association that we open", f"{associations.MAX_CONTEXTS} at most"),
         ("wait for an association's request", f"{listener.ACSE_TIMEOUT_S:g} s"),
-        ("wait for a connection, and for each answer", f"{peer.CONNECT_S:g} s, {peer.TIMEOUT_S:g} s"),
+        ("wait for a connection, and for each answer", f"{associations.CONNECT_S:g} s, {associations.TIMEOUT_S:g} s"),
         ("asynchronous operations", "none: one at a time"),
     ]
     return _rows(("", "value"), told)

@@ -29,5 +29,5 @@ def test_tables_of_the_conformance_statement_are_those_of_the_code(tmp_path: Pat
 def test_a_drift_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     told = dict(TABLE.findall(PAGE.read_text()))
     assert limits() == told["limits"]
-    monkeypatch.setattr("node.delivery.peer.MAX_PDU", 16384)
+    monkeypatch.setattr("node.network.associations.MAX_PDU", 16384)
     assert limits() != told["limits"]

@@ -17,10 +17,11 @@ from pydicom.valuerep import PersonName
 from synthetic_chest import KINDS, MODELS, MOMENT, Chest, Shape, make_chest
 
 from node import __version__
+from node.identity import uid_of
 from node.methods.pneumonia.outcome import outcome_of
 from node.results import makers
 from node.results.forms import Profile
-from node.results.provenance import Analysis, Part, SourceInstance, describe, uid_of
+from node.results.provenance import Analysis, Part, SourceInstance, describe
 
 
 def build(chest: Chest, folder: Path, **arguments: Any) -> list[Dataset]:

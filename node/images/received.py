@@ -21,7 +21,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_dataset
 
-from node.intake.header import (
+from node.images.elements import (
     DEFLATED,
     EXPLICIT_BIG,
     INFLATE_LIMIT,
