@@ -20,6 +20,7 @@ from node import __version__
 from node.cli.main import app
 from node.cli.render import STYLE
 from node.config import schema
+from node.ledger.transitions import diagram
 from node.methods.codes import QUALITY
 from node.methods.pneumonia.codes import PRIVATE_CODES
 
@@ -136,3 +137,14 @@ def test_private_codes_of_the_results_page_are_those_of_the_code() -> None:
     cells = [cell.strip() for line in page.splitlines() if re.match(r"\| \d{3} \|", line) for cell in line.split("|")]
     told = {code: meaning for code, meaning in pairwise(cells) if re.fullmatch(r"\d{3}", code)}
     assert told == PRIVATE_CODES | {QUALITY.value: QUALITY.meaning}
+
+
+def test_architecture_draws_the_states_of_the_table_and_names_files_that_exist() -> None:
+    page = (REPOSITORY / "docs" / "architecture.md").read_text()
+    assert re.search(r"```mermaid\n(.*?)```", page, re.DOTALL)[1].strip() == diagram().strip()  # type: ignore[index]
+    named = set(re.findall(r"`((?:node|models|tests)/[\w./-]*)`", page))
+    assert len(named) > 30
+    assert not [name for name in named if not (REPOSITORY / name).exists()]
+    # Each package of the node has its line.
+    packages = {f"node/{path.name}/" for path in (REPOSITORY / "node").iterdir() if (path / "__init__.py").exists()}
+    assert packages <= {name if name.endswith("/") else f"{name}/" for name in named}
