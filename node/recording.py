@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
@@ -19,9 +19,11 @@ from node.ledger.record import record_event
 from node.ledger.tables import AnalysisJob, Delivery, Object, Series
 from node.ledger.transitions import State
 from node.paths import valid_uid, within
-from node.results import makers
 from node.results.forms import FALLBACK, Profile
 from node.results.provenance import Part
+
+if TYPE_CHECKING:  # highdicom and reportlab: only the analyse worker needs them
+    from node.results import makers
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,8 @@ def rejection_notes(
 
 
 def _write_note(work: Work, outdated: _Outdated) -> makers.ResultObject:
+    from node.results import makers
+
     header = first_header(work.paths)
     digest = hashlib.sha256(repr(outdated).encode()).hexdigest()[:8]
     return makers.rejection_note(header, outdated, work.folder, f"rejection-note-{digest}", work.content_at, work.part)

@@ -33,7 +33,6 @@ from node.ledger.tables import AnalysisJob
 from node.ledger.transitions import State
 from node.methods.outcome import plain
 from node.operations.supervisor import settle
-from node.results import makers
 from node.telemetry import logs
 
 log = structlog.get_logger(__name__)
@@ -192,6 +191,8 @@ def _make(here: Node, work: recording.Work) -> recording.Made:
         volume, outcome = run.analyse(what, here.settings, told, lambda why: _on_cpu(here, work, why))
     except VolumeError as refusal:
         return _not_analysed(work, str(refusal))
+    from node.results import makers  # highdicom and reportlab: only the analyse worker needs them
+
     made = makers.build(
         volume,
         outcome,
@@ -228,6 +229,8 @@ def _on_cpu(here: Node, work: recording.Work, why: str) -> None:
 def _not_analysed(work: recording.Work, reason: str) -> recording.Made:
     if not work.report:
         return recording.Made(State.REFUSED, f"not analysed: {reason}", [])
+    from node.results import makers
+
     made = makers.not_analysed(
         all_headers(work.paths),
         reason,
