@@ -13,10 +13,11 @@ from made_instances import dataset, encoded
 from raw_peer import RELEASE, RawPeer, store
 from sqlalchemy import select
 
-from node import tasks
+from node import recording
 from node.analysis.priors import _header
 from node.cli.demo import _archive
 from node.config import Peer, Settings
+from node.installation import Node
 from node.ledger.tables import AnalysisJob, Series
 from node.paths import InvalidUIDError, UnsafePathError, valid_uid, within
 
@@ -83,7 +84,7 @@ def test_archive_of_the_demo_keeps_files_in_its_folder(tmp_path: Path, uid: str)
 
 @pytest.mark.parametrize("where", ["series", "analysis", "uid"])
 def test_series_whose_row_leads_elsewhere_is_neither_read_nor_written(tmp_path: Path, where: str) -> None:
-    here = tasks.Node.open(Settings(data=tmp_path / "var"))
+    here = Node.open(Settings(data=tmp_path / "var"))
     with here.ledger() as session:
         uid = "../../escaped" if where == "uid" else "1.2.3"
         paths = {"series": ["../secret.dcm"]}.get(where, ["1.2/1.2.3/1.dcm"])
@@ -96,7 +97,7 @@ def test_series_whose_row_leads_elsewhere_is_neither_read_nor_written(tmp_path: 
     with here.ledger.read() as session:
         analysis = session.scalars(select(AnalysisJob.id)).one()
     with pytest.raises(UnsafePathError):
-        tasks._begin(here, analysis)
+        recording.begin(here, analysis)
     (tmp_path / "var" / "secret.dcm").write_bytes(b"x")
     assert _header(here.spool, "../secret.dcm") is None
     with here.ledger.read() as session:

@@ -16,8 +16,8 @@ from conftest import REPOSITORY
 
 from node import permissions
 from node.config import Settings
+from node.installation import Node
 from node.permissions import close, keep_private
-from node.tasks import Node
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ from node.ledger import views
 from node.ledger.events import EventKind
 from node.ledger.ledger import Ledger
 from node.ledger.record import record_event
+from node.methods.outcome import NEUTRAL
 from node.results.capture.pages import not_analysed_page
 from node.results.capture.typesetting import write
 from node.terminal import Terminal, cell
@@ -67,12 +68,12 @@ def test_a_uid_is_quoted_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("form", ["1" * 10**6, "word " * 200_000, "." * 10**6, "a" * 700 + " b" * 500_000])
 def test_a_text_of_a_megabyte_is_set_as_fast_as_a_page(form: str) -> None:
-    not_analysed_page("so that the typeface is loaded")
+    not_analysed_page("so that the typeface is loaded", NEUTRAL)
     start = time.process_time()
-    page = not_analysed_page(form)
+    page = not_analysed_page(form, NEUTRAL)
     assert time.process_time() - start < 2
     # What does not fit is cut with an ellipsis: another text that begins with the same looks the same.
-    assert page.tobytes() == not_analysed_page(form[: 10**5]).tobytes()
+    assert page.tobytes() == not_analysed_page(form[: 10**5], NEUTRAL).tobytes()
 
 
 @pytest.mark.parametrize("count", [1, 40, 80, 200, 10**6])
