@@ -189,8 +189,8 @@ def _judge(here: Node, closed: ClosedSeries, accepts: Accepts) -> _Judged:
             # Not complete, so that its sender, or the next start, may bring it again.
             because = f"incomplete: what was kept of it cannot be read; {closed.reason}"
             where = closed.paths[0].parent.relative_to(here.settings.data)
-            mend = f"mend the disk, or remove {where}, then send the series again"
-            why = f"not analysed: none of its files can be read ({logs.plainly(error)}); {mend}"
+            hint = f"repair the disk, or remove {where}, then send the series again"
+            why = f"not analysed: none of its files can be read ({logs.plainly(error)}); {hint}"
             return _Judged(replace(closed, complete=False, reason=because), [Verdict(False, why)], None, False)
         # Whatever is wrong with its header, the series must come to an end that can be seen.
         why = f"not analysed: its header cannot be read ({logs.plainly(error)})"
@@ -289,7 +289,7 @@ def conflict_found(here: Node, conflict: Conflict) -> None:
                 extra=conflict.extra,
                 held=conflict.held,
             )
-    mend = "find out why two peers send different content under the same UIDs; `lungnode status` has what to do"
+    hint = "find out why two peers send different content under the same UIDs; `lungnode status` has what to do"
     log.warning(
         "conflict between senders of a series",
         series=conflict.series_instance_uid,
@@ -298,7 +298,7 @@ def conflict_found(here: Node, conflict: Conflict) -> None:
         address=conflict.address,
         differing=conflict.differing,
         extra=conflict.extra,
-        mend=mend,
+        hint=hint,
     )
 
 
