@@ -1,4 +1,4 @@
-"""`config/*.yaml` → typed `Settings`; every error names file, line, key and the mend.
+"""`config/*.yaml` → typed `Settings`; every error names file, line, key and the fix.
 
 `config/node.yaml` is the commented default. Secrets never stand in the file: a broker
 URL that carries a password is read from `LUNGNODE_BROKER`.
@@ -264,10 +264,10 @@ class Problem:
     line: int
     key: str
     what: str
-    mend: str
+    hint: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.key}: {self.what}. {self.mend}"
+        return f"{self.file}:{self.line}: {self.key}: {self.what}. {self.hint}"
 
 
 class ConfigError(ValueError):
@@ -325,8 +325,8 @@ def parse(text: str, file: Path = Path("settings.yaml")) -> Settings:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or "not YAML"
         line = mark.line + 1 if mark else 1
-        mend = "Check the indentation, and quote values that hold ':' or '#'."
-        raise ConfigError([Problem(file, line, "yaml", what, mend)]) from None
+        hint = "Check the indentation, and quote values that hold ':' or '#'."
+        raise ConfigError([Problem(file, line, "yaml", what, hint)]) from None
     lines = dict(_lines(node, ()))
     try:
         settings = Settings.model_validate({} if values is None else values)
@@ -346,7 +346,7 @@ def schema() -> dict[str, Any]:
 
 def _raise(file: Path, lines: Mapping[Location, int], found: Iterable[Found]) -> None:
     """Raise `ConfigError` where something was found."""
-    problems = [Problem(file, _line(lines, location), _dotted(location), what, mend) for location, what, mend in found]
+    problems = [Problem(file, _line(lines, location), _dotted(location), what, hint) for location, what, hint in found]
     if problems:
         raise ConfigError(problems)
 
@@ -366,12 +366,12 @@ def _with_secrets(settings: Settings) -> Settings:
 def _cross_checks(settings: Settings) -> Iterator[Found]:
     """What no single value shows: names that must exist elsewhere, secrets in the file."""
     if urlsplit(settings.broker).password:
-        mend = "Take the URL out of the file and set it in the environment as LUNGNODE_BROKER."
-        yield ("broker",), "holds a password", mend
+        hint = "Take the URL out of the file and set it in the environment as LUNGNODE_BROKER."
+        yield ("broker",), "holds a password", hint
     for name, peer in settings.peers.items():
         if peer.addresses == ():
-            mend = "Name at least one, or leave the key out to take those of its host."
-            yield ("peers", name, "addresses"), "names no address", mend
+            hint = "Name at least one, or leave the key out to take those of its host."
+            yield ("peers", name, "addresses"), "names no address", hint
         for n, address in enumerate(peer.addresses if isinstance(peer.addresses, tuple) else ()):
             try:
                 network.parse(address)
@@ -395,8 +395,8 @@ def _cross_checks(settings: Settings) -> Iterator[Found]:
             yield from _peer_check(settings, ("routes", n, "to", name), name, "receive")
             takes = settings.peers[name].takes if name in settings.peers else None
             if takes is not None and kinds and not set(kinds) & set(takes):
-                mend = f"Name an object that it takes, or add one to peers.{name}.takes."
-                yield ("routes", n, "to", name), f"peer '{name}' takes none of these objects", mend
+                hint = f"Name an object that it takes, or add one to peers.{name}.takes."
+                yield ("routes", n, "to", name), f"peer '{name}' takes none of these objects", hint
         for keyword in route.when:
             if tag_for_keyword(keyword) is None:
                 near = nearest(keyword, (entry[4] for entry in DicomDictionary.values()))

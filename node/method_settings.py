@@ -35,8 +35,8 @@ def of_route(settings: Settings, n: int, route: Route) -> Iterator[Found]:
     method, problem = _method(route.analysis)
     if method is None:
         near = nearest(route.analysis, registry.names())
-        mend = near or f"Install the package of the method, or name one of {', '.join(registry.names())}."
-        yield ("routes", n, "analysis"), problem, mend
+        hint = near or f"Install the package of the method, or name one of {', '.join(registry.names())}."
+        yield ("routes", n, "analysis"), problem, hint
         return
     makes = kinds_of(method.segmentations)
     known = ", ".join(f"'{kind}'" for kind in makes)
@@ -54,8 +54,8 @@ def of_peers(settings: Settings) -> Iterator[Found]:
     for name, peer in settings.peers.items():
         for n, kind in enumerate(peer.takes or ()):
             if kind not in makes and kind not in (makes := makes | _made_by(registry.names())):
-                mend = nearest(kind, sorted(makes)) or f"Name one of {', '.join(sorted(makes))}."
-                yield ("peers", name, "takes", n), f"'{kind}' is no object of any method here", mend
+                hint = nearest(kind, sorted(makes)) or f"Name one of {', '.join(sorted(makes))}."
+                yield ("peers", name, "takes", n), f"'{kind}' is no object of any method here", hint
 
 
 def of_models(settings: Settings) -> Iterator[Found]:
@@ -68,8 +68,8 @@ def of_models(settings: Settings) -> Iterator[Found]:
             continue
         for role in (key,) if isinstance(value, str) else value:
             if role not in method.roles:
-                mend = nearest(role, method.roles) or f"Known here: {', '.join(method.roles)}."
-                yield (*at, role), f"the method {method.name} needs no model '{role}'", mend
+                hint = nearest(role, method.roles) or f"Known here: {', '.join(method.roles)}."
+                yield (*at, role), f"the method {method.name} needs no model '{role}'", hint
 
 
 def of_bundles(settings: Settings) -> Iterator[Found]:
@@ -84,8 +84,8 @@ def of_bundles(settings: Settings) -> Iterator[Found]:
             try:
                 wanted.require(load_bundle(named.get(role, wanted.default), settings.installed_models))
             except BundleError as error:
-                mend = f"Name a model of {wanted.finds}; `lungnode models list` shows what each is for."
-                yield location, str(error), mend
+                hint = f"Name a model of {wanted.finds}; `lungnode models list` shows what each is for."
+                yield location, str(error), hint
 
 
 def _methods_with_models(settings: Settings) -> set[str]:

@@ -113,10 +113,10 @@ class _Repair:
         if self._closed:
             log.warning("other users of this machine could read the data; closed now", entries=self._closed)
         if self._open:
-            log.error("other users of this machine may read some of the data", entries=self._open, mend=_HINT)
+            log.error("other users of this machine may read some of the data", entries=self._open, hint=_HINT)
         if self._links:
-            mend = "symbolic links are not followed: take the rights away where they lead to, with chmod -R g-w,o-rwx"
-            log.error("other users of this machine may read what links lead to", entries=self._links, mend=mend)
+            hint = "symbolic links are not followed: take the rights away where they lead to, with chmod -R g-w,o-rwx"
+            log.error("other users of this machine may read what links lead to", entries=self._links, hint=hint)
 
 
 def _is_open(found: os.stat_result) -> bool:

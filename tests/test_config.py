@@ -1,4 +1,4 @@
-"""Settings: the default file works, and every error names file, line, key and the mend."""
+"""Settings: the default file works, and every error names file, line, key and the fix."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_empty_file_is_the_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "key", "what", "mend"),
+    ("text", "line", "key", "what", "hint"),
     [
         ("listener:\n  prot: 104\n", 2, "listener.prot", "unknown key", "Did you mean 'port'?"),
         ("listner:\n  port: 104\n", 1, "listner", "unknown key", "Did you mean 'listener'?"),
@@ -91,11 +91,11 @@ def test_empty_file_is_the_defaults() -> None:
         ("listener: [\n", 2, "yaml", "", "indentation"),
     ],
 )
-def test_error_names_line_key_and_mend(text: str, line: int, key: str, what: str, mend: str) -> None:
+def test_error_names_line_key_and_fix(text: str, line: int, key: str, what: str, hint: str) -> None:
     found = problem(text)
     assert (found.line, found.key) == (line, key)
     assert what in found.what
-    assert mend in found.mend
+    assert hint in found.hint
     assert str(found).startswith(f"node.yaml:{line}: {key}: ")
 
 
@@ -160,7 +160,7 @@ ROUTE = PEER + "routes:\n- name: a\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "key", "what", "mend"),
+    ("text", "line", "key", "what", "hint"),
     [
         (
             ROUTE + "  analysis: pneumonai\n  to: {pacs: [sr]}\n",
@@ -201,9 +201,9 @@ ROUTE = PEER + "routes:\n- name: a\n"
     ],
 )
 def test_methods_their_objects_and_their_models_are_checked(
-    text: str, line: int, key: str, what: str, mend: str
+    text: str, line: int, key: str, what: str, hint: str
 ) -> None:
-    test_error_names_line_key_and_mend(text, line, key, what, mend)
+    test_error_names_line_key_and_fix(text, line, key, what, hint)
 
 
 def written(folder: Path, text: str) -> Path:
@@ -230,7 +230,7 @@ def test_a_model_of_another_role_is_refused_before_a_patient_s_series(
     (found,) = caught.value.problems
     assert (found.line, found.key) == (line, key)
     assert what in found.what
-    assert "lungnode models list" in found.mend
+    assert "lungnode models list" in found.hint
 
 
 def test_models_of_the_old_form_are_those_of_pneumonia_with_a_hint(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_links_are_not_followed_and_said(data: Path, tmp_path: Path) -> None:
         thread.join()
     assert modes(elsewhere) == {"elsewhere": "0o777", "elsewhere/file": "0o666"}
     assert modes(data)["var"] == "0o750"
-    assert any("chmod" in line.get("mend", "") for line in lines if line["log_level"] == "error")
+    assert any("chmod" in line.get("hint", "") for line in lines if line["log_level"] == "error")
 
 
 @pytest.mark.parametrize("refusal", ["another user's", "no modes"])
@@ -101,7 +101,7 @@ def test_what_cannot_be_closed_is_a_line_and_no_crash(
         close(data)
     (line,) = lines
     assert (line["log_level"], line["entries"]) == ("error", 3)
-    assert "chown" in line["mend"]
+    assert "chown" in line["hint"]
 
 
 @pytest.mark.parametrize(("before", "after"), [(0o000, 0o027), (0o022, 0o027), (0o077, 0o077)])

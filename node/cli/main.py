@@ -177,7 +177,7 @@ def _work_on(queue: str, url: str) -> None:
     tasks.app.conf.broker_url = url
     if queue == "deliver":
         for peer, what, hint in credentials_in_the_clear(tasks.node().settings):
-            structlog.get_logger(__name__).warning("credentials in the clear", peer=peer, what=what, mend=hint)
+            structlog.get_logger(__name__).warning("credentials in the clear", peer=peer, what=what, hint=hint)
         # Not in the other worker, which forks: a child forked in the midst of a sweep inherits SQLite's locks for good.
         tasks.Sweeper(tasks.node()).start()
         # A thread for each peer, so that one that hangs delays nobody else's objects, and one to see that it does.
@@ -435,8 +435,8 @@ def _ledger(config: Path | None) -> Ledger:
     try:
         ledger.migrate()
     except OperationalError as error:
-        mend = retention.pressure(settings) or "look at its file system, and at what else has it open"
-        fail(f"the ledger cannot be opened now ({error.orig}), what it holds is kept: {mend}")
+        hint = retention.pressure(settings) or "look at its file system, and at what else has it open"
+        fail(f"the ledger cannot be opened now ({error.orig}), what it holds is kept: {hint}")
     return ledger
 
 

@@ -255,8 +255,8 @@ def _heard(ledger: Ledger, event: Any, may_report: Callable[[str], bool]) -> int
         log.error("commitment report not recorded, the peer is asked again", error=plainly(error), **caller)
         return PROCESSING_FAILURE
     if not known:
-        mend = "usually none: only the peer that was asked may report; it is asked again"
-        log.warning("commitment report of a transaction that is not the caller's", transaction=uid, mend=mend, **caller)
+        hint = "usually none: only the peer that was asked may report; it is asked again"
+        log.warning("commitment report of a transaction that is not the caller's", transaction=uid, hint=hint, **caller)
         return INVALID_ARGUMENT
     log.info("commitment", transaction=uid, kept=len(kept), failed=len(failed))
     return SUCCESS

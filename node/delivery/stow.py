@@ -35,8 +35,8 @@ _MOST_ANSWER: Final = 1 << 20
 _SAY_MORE: Final = frozenset((200, 202, 409))
 
 #: HTTP statuses after which the same object may well be taken: a timeout, a conflict with what the server is doing, too
-#: many requests, a server or a proxy that is not well. 401 and 403 are credentials that an admin is about to mend, 404
-#: and 405 an address (no answer to a store, PS3.18 table 10.5.3-1), or a proxy whose service is just being replaced.
+#: many requests, a server or a proxy that is not well. 401 and 403 are credentials that an admin is about to correct,
+#: 404 and 405 an address (no answer to a store, PS3.18 table 10.5.3-1), or a proxy whose service is being replaced.
 _PASSES: Final = frozenset((401, 403, 404, 405, 408, 423, 425, 429))
 
 #: Failure Reason (0008,1197) of an object that is there already: duplicate SOP instance (PS3.3 C.14.1.1), and the same
@@ -74,7 +74,7 @@ class ByStow:
             self._where = httpx.URL(service.url).host
             self._client = httpx.Client(headers=headers, timeout=timeout, verify=_tls(service), follow_redirects=False)
         except (OSError, ValueError, httpx.InvalidURL) as error:
-            # An admin is about to mend it: files that were moved, or credentials that no header can hold.
+            # An admin is about to correct it: files that were moved, or credentials that no header can hold.
             what = f"peers.{name}.stow.ca and certificate, or {credentials_variable(name)}, cannot be used"
             raise PeerError(f"{what} ({type(error).__name__})", permanent=False, reached=False) from None
 

@@ -102,7 +102,7 @@ class Admission:
             request.address,
             calling_ae=_printable(request.calling_ae),
             reason=refusal.reason,
-            mend=refusal.mend,
+            hint=refusal.hint,
         )
         return refusal.answer
 
@@ -110,23 +110,23 @@ class Admission:
         """Why a caller is not let in, by what it says of itself and where it calls from."""
         options, calling_ae, address = self._options, request.calling_ae, request.address
         if request.called_ae != options.ae_title.strip():
-            mend = f"enter the AE title {options.ae_title} at the sender"
-            return _Refusal(_CALLED_AE_UNKNOWN, f"it called {_printable(request.called_ae)}", mend)
+            hint = f"enter the AE title {options.ae_title} at the sender"
+            return _Refusal(_CALLED_AE_UNKNOWN, f"it called {_printable(request.called_ae)}", hint)
         if not calling_ae or calling_ae != _printable(calling_ae):
             return _Refusal(_CALLING_AE_UNKNOWN, "its calling AE title is none (PS3.5 6.2)", "correct it at the sender")
         if options.known_peers is not None and calling_ae not in options.known_peers:
-            mend = "add it to 'peers' with 'send' among what it may, or set listener.accept to any"
-            return _Refusal(_CALLING_AE_UNKNOWN, "its calling AE title is no peer that may send", mend)
+            hint = "add it to 'peers' with 'send' among what it may, or set listener.accept to any"
+            return _Refusal(_CALLING_AE_UNKNOWN, "its calling AE title is no peer that may send", hint)
         if options.addresses is None:
             return None
         standing, peer = options.addresses.check(calling_ae, address, request.own_address)
         key = f"peers.{peer}.addresses"
         if standing == "elsewhere":
-            mend = f"if this is {peer}, add {address} to {key}; if it is not, somebody uses the AE title of {peer}"
-            return _Refusal(_CALLING_AE_UNKNOWN, f"{address} is no address of peer {peer}", mend)
+            hint = f"if this is {peer}, add {address} to {key}; if it is not, somebody uses the AE title of {peer}"
+            return _Refusal(_CALLING_AE_UNKNOWN, f"{address} is no address of peer {peer}", hint)
         if standing == "unresolved":
-            mend = f"check name resolution on this machine, or enter {address} in {key}; it will try again"
-            return _Refusal(_LATER, f"the host name of peer {peer} could not be looked up yet", mend)
+            hint = f"check name resolution on this machine, or enter {address} in {key}; it will try again"
+            return _Refusal(_LATER, f"the host name of peer {peer} could not be looked up yet", hint)
         if standing == "warned":
             self._warn(calling_ae, address, peer, key)
         return None
@@ -143,7 +143,7 @@ class Admission:
             address,
             calling_ae=calling_ae,
             peer=peer,
-            mend=f"if this is {peer}, add {address} to {key}, for a later version refuses it; if it is not, set "
+            hint=f"if this is {peer}, add {address} to {key}, for a later version refuses it; if it is not, set "
             "listener.addresses to enforce now",
         )
 
@@ -151,18 +151,18 @@ class Admission:
         """Why there is no room for another association."""
         options = self._options
         if len(known) >= options.max_associations:
-            mend = "raise listener.max_associations, or let the sender open fewer; it will try again"
-            return _Refusal(_LIMIT_EXCEEDED, f"{options.max_associations} associations are open", mend)
+            hint = "raise listener.max_associations, or let the sender open fewer; it will try again"
+            return _Refusal(_LIMIT_EXCEEDED, f"{options.max_associations} associations are open", hint)
         most, own = options.max_associations * ONE_PEER // 4, self.standing(request) == "own"
         # A caller that only uses a peer's AE title does not count as that peer.
         mine = sum(one.id.calling_ae == request.calling_ae and one.own == own for one in known)
         if options.max_associations >= 4 and mine >= most:
-            mend = "let this sender open fewer, or raise listener.max_associations; it will try again"
-            return _Refusal(_LIMIT_EXCEEDED, f"{mine} associations are open with this peer", mend)
+            hint = "let this sender open fewer, or raise listener.max_associations; it will try again"
+            return _Refusal(_LIMIT_EXCEEDED, f"{mine} associations are open with this peer", hint)
         strangers = sum(not one.own for one in known)
         if options.max_associations >= 4 and options.addresses and not own and strangers >= most:
-            mend = "enter the senders in 'peers' with their addresses, or raise listener.max_associations"
-            return _Refusal(_LIMIT_EXCEEDED, f"{strangers} associations are open with callers that are no peers", mend)
+            hint = "enter the senders in 'peers' with their addresses, or raise listener.max_associations"
+            return _Refusal(_LIMIT_EXCEEDED, f"{strangers} associations are open with callers that are no peers", hint)
         return None
 
     def _full(self) -> _Refusal | None:
@@ -170,8 +170,8 @@ class Admission:
         try:
             self._spool.require_room(NO_ASSOCIATION_BELOW)
         except SpoolFullError:
-            mend = "free space, or lower listener.disk_floor_mb; the sender will try again"
-            return _Refusal(_CONGESTED, "free disk space is far below the floor", mend)
+            hint = "free space, or lower listener.disk_floor_mb; the sender will try again"
+            return _Refusal(_CONGESTED, "free disk space is far below the floor", hint)
         return None
 
 
@@ -181,7 +181,7 @@ class _Refusal:
 
     answer: Answer
     reason: str
-    mend: str
+    hint: str
 
 
 def _printable(ae_title: str) -> str:

@@ -41,6 +41,9 @@ ANSWER_S = 10.0
 #: Seconds until a series is offered again when it was not taken.
 RETRY_S = 5.0
 
+#: An instance and where it is kept.
+_Kept = tuple[InstanceHeader, Path]
+
 
 class Assembly:
     """Puts series together from instances that come in any order, over any associations, more than once.
@@ -182,12 +185,7 @@ class Assembly:
             self._note(key)
 
     def restore(
-        self,
-        association: AssociationId,
-        instances: Iterable[tuple[InstanceHeader, Path]],
-        *,
-        ended: bool = False,
-        closed: bool = False,
+        self, association: AssociationId, instances: Iterable[_Kept], *, ended: bool = False, closed: bool = False
     ) -> None:
         """Open a series found on disk after a restart.
 
@@ -255,7 +253,7 @@ class Assembly:
                 series.reopened = bool(series.instances.keys() - {header.sop_instance_uid})
             yield series
 
-    def _recalled(self, key: Key) -> dict[str, tuple[InstanceHeader, Path]]:
+    def _recalled(self, key: Key) -> dict[str, _Kept]:
         try:
             return {known.sop_instance_uid: (known, path) for known, path in self._host.recall(*key)}
         except Exception as error:
@@ -372,13 +370,8 @@ class Assembly:
                 now = self._clock()
                 series.refused_at(now, now + RETRY_S)
             return
-        log.info(
-            "series closed",
-            series=closed.series_instance_uid,
-            instances=len(closed.instances),
-            complete=closed.complete,
-            reason=closed.reason,
-        )
+        about = {"instances": len(closed.instances), "complete": closed.complete, "reason": closed.reason}
+        log.info("series closed", series=closed.series_instance_uid, **about)
         with self._noting:
             with self._lock:
                 if changed := series.extent != extent:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 import structlog
 from pydicom import Dataset
 from pynetdicom.presentation import PresentationContext
-from sqlalchemy import case, func, select
+from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from node.config import Route
@@ -25,31 +23,22 @@ from node.intake.admission import ListenerOptions
 from node.intake.assembly import Assembly
 from node.intake.header import InstanceHeader
 from node.intake.listener import Listener
-from node.intake.series import Adoption, AssociationId, ClosedSeries, Conflict, Host
+from node.intake.recovery import MOST_ATTEMPTS, set_aside, take_up
+from node.intake.series import Adoption, ClosedSeries, Conflict, Host
 from node.intake.series_count import Counter
 from node.intake.spool import Spool
 from node.intake.verdict import Verdict
 from node.ledger import superseding
 from node.ledger.events import EventKind
 from node.ledger.record import record_event
-from node.ledger.tables import SET_ASIDE, AnalysisJob, Event, Series
+from node.ledger.tables import AnalysisJob, Event, Series
 from node.telemetry import logs
 
 log = structlog.get_logger(__name__)
 
-#: Seconds beyond the quiet period after which a series was surely closed: a peer that stalled was dropped meanwhile.
-SETTLED_S = 120.0
-
 #: Seconds for which a series of which no file can be read is offered again before it is told of: long enough to start
 #: a machine or mount a file system anew.
 UNREADABLE_S = 600.0
-
-#: Attempts to read a series, each of which ended the process or failed, after which nobody reads it again: no file may
-#: keep the listener from starting, or from closing other series.
-MOST_ATTEMPTS = 3
-
-#: Series of a lost ledger that are open at a time.
-OPEN_AT_ONCE = 50
 
 #: What the method of this name says of a closed series; it belongs to a later stage, which the listener is given.
 Accepts = Callable[[str, ClosedSeries], list[Verdict]]
@@ -97,7 +86,7 @@ def intake(
     counting = {peer.ae_title: peer for peer in here.settings.peers_that_may("count").values()}
     counter = Counter(counting, me.ae_title)
     assembly = Assembly(_Host(here, spool, counter, accepts, dispatch), me.quiet_period_s)
-    _take_up(here, spool, assembly)
+    take_up(here, spool, assembly)
     senders = {peer.ae_title for peer in here.settings.peers_that_may("send").values()}
     senders |= set(reporters)
     options = ListenerOptions(
@@ -154,7 +143,7 @@ def series_closed(here: Node, closed: ClosedSeries, accepts: Accepts, dispatch: 
     """
     folder = closed.paths[0].parent
     if attempts(folder) >= MOST_ATTEMPTS:
-        _record(here, _Judged(replace(closed, complete=False), [_set_aside(here, folder)], None, False), dispatch)
+        _record(here, _Judged(replace(closed, complete=False), [set_aside(here, folder)], None, False), dispatch)
         return
     before = begin_attempt(folder)
     try:
@@ -189,22 +178,12 @@ def _judge(here: Node, closed: ClosedSeries, accepts: Accepts) -> _Judged:
             # Not complete, so that its sender, or the next start, may bring it again.
             because = f"incomplete: what was kept of it cannot be read; {closed.reason}"
             where = closed.paths[0].parent.relative_to(here.settings.data)
-            mend = f"mend the disk, or remove {where}, then send the series again"
-            why = f"not analysed: none of its files can be read ({logs.plainly(error)}); {mend}"
+            hint = f"repair the disk, or remove {where}, then send the series again"
+            why = f"not analysed: none of its files can be read ({logs.plainly(error)}); {hint}"
             return _Judged(replace(closed, complete=False, reason=because), [Verdict(False, why)], None, False)
         # Whatever is wrong with its header, the series must come to an end that can be seen.
         why = f"not analysed: its header cannot be read ({logs.plainly(error)})"
         return _Judged(closed, [Verdict(False, why)], None, False)
-
-
-def _set_aside(here: Node, folder: Path) -> Verdict:
-    where = folder.relative_to(here.settings.data)
-    return Verdict(
-        False,
-        f"{SET_ASIDE}, as the listener failed or ended {attempts(folder)} times while it read the series; all "
-        f"that was received is kept in {where}; the log says how it ended; to try again, move that folder away and "
-        "send the series again",
-    )
 
 
 def _record(here: Node, judged: _Judged, dispatch: Dispatch) -> None:
@@ -289,7 +268,7 @@ def conflict_found(here: Node, conflict: Conflict) -> None:
                 extra=conflict.extra,
                 held=conflict.held,
             )
-    mend = "find out why two peers send different content under the same UIDs; `lungnode status` has what to do"
+    hint = "find out why two peers send different content under the same UIDs; `lungnode status` has what to do"
     log.warning(
         "conflict between senders of a series",
         series=conflict.series_instance_uid,
@@ -298,7 +277,7 @@ def conflict_found(here: Node, conflict: Conflict) -> None:
         address=conflict.address,
         differing=conflict.differing,
         extra=conflict.extra,
-        mend=mend,
+        hint=hint,
     )
 
 
@@ -317,94 +296,3 @@ def _urgent(header: Dataset) -> bool:
     """Whether the Requested Procedure Priority (0040,1003) says so, of the image or of its request (PS3.3 C.4.11)."""
     requests = header.get("RequestAttributesSequence") or ()
     return any(str(one.get("RequestedProcedurePriority") or "") in ("STAT", "HIGH") for one in (header, *requests))
-
-
-def _take_up(here: Node, spool: Spool, assembly: Assembly) -> None:
-    """Open again what the ledger does not know, or not all of.
-
-    Also one that it knows as incomplete and whose sender has come to its end since. A series that was silent for long
-    while the node still ran was closed, so that the ledger did know it: a ledger that does not has been lost since. Its
-    series are judged anew by their geometry. There may be very many of them, so a thread opens them bit by bit.
-    """
-    known = _known(here)
-    settled = spool.last_alive - here.settings.listener.quiet_period_s - SETTLED_S
-    lost = []
-    for one in spool.all_series():
-        key = one.study_uid, one.series_uid
-        for other in one.others:
-            sender = AssociationId(0, other, here.settings.listener.ae_title)
-            assembly.restore_other(sender, *key, spool.belongs_to(*key))
-        instances, complete = known.get(key, (0, False))
-        if one.instances <= instances and (complete or not spool.ended(*key, one.instances)):
-            continue
-        if key not in known and one.last_at < settled:
-            lost.append(key)
-        else:
-            _restore(here, spool, assembly, key, closed=False)
-    if lost:
-        log.warning("the ledger lacks spooled series; they are judged anew", series=len(lost))
-        arguments = (here, spool, assembly, lost)
-        threading.Thread(target=_restore_lost, args=arguments, name="restore", daemon=True).start()
-
-
-def _restore_lost(here: Node, spool: Spool, assembly: Assembly, lost: list[tuple[str, str]]) -> None:
-    for key in lost:
-        while assembly.open_series >= OPEN_AT_ONCE:
-            time.sleep(1)
-        _restore(here, spool, assembly, key, closed=True)
-
-
-def _restore(here: Node, spool: Spool, assembly: Assembly, key: tuple[str, str], *, closed: bool) -> None:
-    """Open a series again, or set it aside; whatever is wrong with it, the others go on."""
-    try:
-        folder = spool.folder(*key)
-        if attempts(folder) >= MOST_ATTEMPTS:
-            _end_unread(here, spool, key)
-            return
-        before = begin_attempt(folder)
-        found = spool.series(*key)
-        for one in found[:1]:
-            sender = AssociationId(0, spool.belongs_to(*key) or one.calling_ae, one.called_ae)
-            ended = spool.ended(*key, len(found))
-            assembly.restore(sender, ((one.header, one.path) for one in found), ended=ended, closed=closed)
-            log.info("open before the restart", series=key[1], instances=len(found), ended=ended, closed_before=closed)
-        if found:
-            end_attempt(folder, before)  # those of before count until it is closed, which may be what ended the process
-    except Exception as error:
-        log.error("a spooled series cannot be taken up", series=key[1], error=logs.plainly(error))
-
-
-def _end_unread(here: Node, spool: Spool, key: tuple[str, str]) -> None:
-    """Record a series that is set aside, by the names of its files alone."""
-    paths = tuple(sorted(spool.folder(*key).glob("*.dcm")))
-    verdict = _set_aside(here, paths[0].parent)
-    with here.ledger() as session:
-        series = here.ledger.add_series(
-            session,
-            key[1],
-            key[0],
-            [path.stem for path in paths],
-            calling_ae=spool.belongs_to(*key),
-            instances=[str(path.relative_to(here.spool)) for path in paths],
-            complete=False,
-            closed_because="it could not be read after a start",
-            verdict=verdict.reason,
-        )
-        if series is not None:
-            record_event(session, series.id, EventKind.RECEIVED, instances=len(paths), reason="found after a start")
-            record_event(session, series.id, EventKind.TRIAGED, decision=verdict.reason)
-            log.error("set aside", series=key[1], reason=verdict.reason)
-    spool.end(*key, None)  # or each start would take it up again
-
-
-def _known(here: Node) -> dict[tuple[str, str], tuple[int, bool]]:
-    """How many instances of each series the ledger knows, at most, and whether its newest generation is complete."""
-    known: dict[tuple[str, str], tuple[int, bool]] = {}
-    series = Series.study_instance_uid, Series.series_instance_uid
-    with here.ledger.read() as session:
-        # A row that is damaged counts as none.
-        count = case((func.json_valid(Series.instances) == 1, func.json_array_length(Series.instances)), else_=0)
-        query = select(*series, count, Series.complete).order_by(Series.id)
-        for study, uid, instances, complete in session.execute(query):
-            known[study, uid] = max(instances, known.get((study, uid), (0, False))[0]), complete
-    return known

@@ -213,7 +213,7 @@ class Listener:
                     calling_ae=known.calling_ae,
                     number=known.number,
                     idle_s=round(now - busy_at),
-                    mend=f"usually none; {address} keeps more than {KEPT_IDLE} associations open and sends nothing",
+                    hint=f"usually none; {address} keeps more than {KEPT_IDLE} associations open and sends nothing",
                 )
 
     def _end(self, association: Association, ending: Ending) -> None:

@@ -117,8 +117,8 @@ def count_instances(peer: Peer, ae_title: str, study_uid: str, series_uid: str) 
     except PeerError as error:
         because = str(error)
     if count is None:
-        mend = (
+        hint = (
             f"check with `lungnode echo`, and that it answers C-FIND; or take 'count' out of what {peer.ae_title} may"
         )
-        log.warning("peer returned no instance count for the series", peer=peer.ae_title, reason=because, mend=mend)
+        log.warning("peer returned no instance count for the series", peer=peer.ae_title, reason=because, hint=hint)
     return count

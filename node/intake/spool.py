@@ -88,8 +88,8 @@ class Spool:
             try:
                 left_over.unlink()
             except OSError as error:
-                mend = f"remove {left_over.name} from {self._incoming}; it is not ours"
-                log.error("a left-over cannot be removed", error=error.strerror, mend=mend)
+                hint = f"remove {left_over.name} from {self._incoming}; it is not ours"
+                log.error("a left-over cannot be removed", error=error.strerror, hint=hint)
         fsync_folder(root)
         fsync_folder(root.parent)
 

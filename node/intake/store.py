@@ -113,8 +113,8 @@ class IncomingInstance:
                 return self._refused(self._failed)
             header = self._header(self._part)
             if mismatch := _mismatch(header, request):
-                mend = "the sender's object and request differ; its manufacturer has to correct it"
-                self._warn("C-STORE refused", status="A900", reason=mismatch, mend=mend)
+                hint = "the sender's object and request differ; its manufacturer has to correct it"
+                self._warn("C-STORE refused", status="A900", reason=mismatch, hint=hint)
                 return MISMATCH, mismatch
             stored = self._part.keep(header.study_instance_uid, header.series_instance_uid, header.sop_instance_uid)
         except (HeaderError, InvalidUIDError) as error:
@@ -123,12 +123,12 @@ class IncomingInstance:
             return self._refused(error)
         self._assembly.received(self._association, header, stored)
         if stored.outcome == "differs":
-            mend = "usually none; a corrected study needs UIDs of its own"
+            hint = "usually none; a corrected study needs UIDs of its own"
             self._warn(
                 "kept instance has other content than the one sent",
                 sop_instance=header.sop_instance_uid,
                 belongs_to=stored.belongs_to or self._association.calling_ae,
-                mend=mend,
+                hint=hint,
             )
             return COERCED, "instance known with other content; first one kept"
         return SUCCESS, ""
@@ -142,8 +142,8 @@ class IncomingInstance:
 
     def _refused(self, error: Exception | None) -> tuple[int, str]:
         if isinstance(error, HeaderError | InvalidUIDError):
-            mend = "the sender's object is damaged or not DICOM; its manufacturer has to correct it"
-            self._warn("C-STORE refused", status="C000", reason=str(error), mend=mend)
+            hint = "the sender's object is damaged or not DICOM; its manufacturer has to correct it"
+            self._warn("C-STORE refused", status="C000", reason=str(error), hint=hint)
             return CANNOT_UNDERSTAND, str(error)
         with suppress(HeaderError):
             header = read_header(self._head, self._request.transfer_syntax, whole=False)
@@ -151,12 +151,12 @@ class IncomingInstance:
             if owner in ("", self._association.calling_ae):
                 self._assembly.refused(self._association, header)
         if isinstance(error, SpoolFullError):
-            mend = "free space, or lower listener.disk_floor_mb; the sender has to send again"
-            self._error("C-STORE refused", status="A700", reason=str(error), mend=mend)
+            hint = "free space, or lower listener.disk_floor_mb; the sender has to send again"
+            self._error("C-STORE refused", status="A700", reason=str(error), hint=hint)
             return OUT_OF_RESOURCES, "out of disk space"
         code = errno.errorcode.get(getattr(error, "errno", None) or 0, "unknown")
-        mend = "look at the file system of the data folder; the sender has to send again"
-        self._error("C-STORE failed", status="0110", error=code, mend=mend)
+        hint = "look at the file system of the data folder; the sender has to send again"
+        self._error("C-STORE failed", status="0110", error=code, hint=hint)
         return PROCESSING_FAILURE, "not stored: file system error"
 
     def _warn(self, event: str, **fields: Any) -> None:

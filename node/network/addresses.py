@@ -248,14 +248,14 @@ class PeerAddresses:
 
     def _warn(self, name: str, state: _Name, error: Exception) -> None:
         peers = sorted({one.peer for peers in self._entries.values() for one in peers if name in one.names})
-        mend = f"check the name with `getent hosts {name}`, or enter addresses in peers.{peers[0]}.addresses"
+        hint = f"check the name with `getent hosts {name}`, or enter addresses in peers.{peers[0]}.addresses"
         log.warning(
             "host name of a peer cannot be looked up",
             peer=peers[0],
             host=name,
             error=type(error).__name__,
             counts="the addresses that it had last" if state.seen else "none, so the peer cannot be recognised",
-            mend=mend,
+            hint=hint,
         )
 
     def _remember(self) -> None:

@@ -190,7 +190,7 @@ def hexadecimal(status: int | None) -> str:
 
 
 #: Reason of a rejection → whose setting it is about (PS3.8 table 9-21, source 1).
-_MENDS = {
+_HINTS = {
     3: "; enter our AE title there (`listener.ae_title`)",
     7: "; is the peer's `ae_title` in our settings its own?",
 }
@@ -209,8 +209,8 @@ def _no_association(made: Association, peer: Peer, timeout_s: float, *, reached:
         for_good = getattr(answer, "result", 2) == 1
         how = "rejected the association until its settings change" if for_good else "rejected the association for now"
         # Source 1 is the service user, whose reasons 3 and 7 are the AE titles.
-        mend = _MENDS.get(getattr(answer, "diagnostic", 0), "") if getattr(answer, "result_source", 0) == 1 else ""
-        return PeerError(f"{where} {how}: {why}{mend}", permanent=False, reached=False)
+        hint = _HINTS.get(getattr(answer, "diagnostic", 0), "") if getattr(answer, "result_source", 0) == 1 else ""
+        return PeerError(f"{where} {how}: {why}{hint}", permanent=False, reached=False)
     if made.rejected_contexts and not made.accepted_contexts:
         kinds = ", ".join(sorted({UID(str(c.abstract_syntax)).name for c in made.rejected_contexts}))
         return PeerError(f"{where} does not accept {kinds}", permanent=True)

@@ -117,7 +117,7 @@ def _identity(made: Dataset, analysis: Analysis) -> Iterator[str]:
             yield f"{keyword} is not the source's"
     if made.SeriesInstanceUID == header.get("SeriesInstanceUID"):
         yield "it lies in the source's own series"
-    # Not the study's: that is the source's, and not ours to mend.
+    # Not the study's: that is the source's, and not ours to correct.
     for keyword in ("SOPInstanceUID", "SeriesInstanceUID"):
         if not UID(made[keyword].value).is_valid:
             yield f"{keyword} is no valid UID"

@@ -222,7 +222,7 @@ def _copy_patient_and_study(header: Dataset, dataset: Dataset) -> None:
     """Make the Patient, Clinical Trial, General Study and Patient Study modules those of `header`.
 
     Elements are taken over whole, never through their values, so that names keep their bytes and what does not
-    conform is neither lost nor mended.
+    conform is neither lost nor corrected.
     """
     wanted = {tag_for_keyword(keyword) for keyword in _STUDY_KEYWORDS}
     # Tags, not elements: going through a Dataset decodes every element of the header, sound or not.

@@ -1,4 +1,4 @@
-"""A disk that fills up while instances come in: refused with 0xA700, told, and mended by a resend."""
+"""A disk that fills up while instances come in: refused with 0xA700, reported, and made whole by a resend."""
 
 from __future__ import annotations
 

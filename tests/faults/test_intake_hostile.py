@@ -167,7 +167,7 @@ def test_a_breach_of_the_protocol_is_answered_with_an_abort(start: Start, breach
         assert peer.answer()[0] in ((7,) if heard and len(breach) < 100_000 else (7, 0))
     told = [line for line in lines if line["log_level"] == "warning"]
     assert len(told) == 1
-    assert told[0]["mend"]
+    assert told[0]["hint"]
     assert friend_stores(node, 0) < 5
 
 

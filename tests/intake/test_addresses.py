@@ -71,7 +71,7 @@ def test_a_stranger_stores_nothing_under_a_known_ae_title(start: Start) -> None:
             assert ask(node, "CT1", STRANGER) == (3, NOT_RECOGNISED)
         (line,) = (line for line in lines if line["event"] == "association rejected")
         assert (line["address"], line["calling_ae"]) == (STRANGER, "CT1")
-        assert f"add {STRANGER} to peers.ct1-0.addresses" in line["mend"]
+        assert f"add {STRANGER} to peers.ct1-0.addresses" in line["hint"]
         assert ask(node, "CT1")[0] == 2
         assert ask(node, "OTHER", STRANGER)[0] == (3 if accept else 2)
         with RawPeer(node.listener.port) as peer:
@@ -151,7 +151,7 @@ def test_an_upgraded_node_warns_once_per_peer_and_address(start: Start) -> None:
         assert ask(node, "PACS", STRANGER) == (3, NOT_RECOGNISED)  # addresses that are named are enforced
     warned = [line for line in lines if line["event"] == "peer calls from an address that is not its own"]
     assert [line["address"] for line in warned] == [STRANGER, "127.0.0.78"]
-    assert all("peers.ct1-0.addresses" in line["mend"] for line in warned)
+    assert all("peers.ct1-0.addresses" in line["hint"] for line in warned)
 
 
 def test_many_addresses_do_not_end_the_warnings(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_names_are_looked_up_in_the_background_and_the_last_good_answer_counts(
         assert time.monotonic() - begin < 2  # though one of them hangs
         told = [line for line in lines if line["event"] == "host name of a peer cannot be looked up"]
         assert {line["host"] for line in told} >= {"gone.example"}
-        assert all("addresses" in line["mend"] for line in told)
+        assert all("addresses" in line["hint"] for line in told)
         return made
 
     made = peers()
@@ -252,7 +252,7 @@ def test_malformed_addresses_are_named_with_line_key_and_fix(addresses: str, wha
     (problem,) = caught.value.problems  # type: ignore[attr-defined]
     assert problem.line == 6
     assert problem.key.startswith("peers.pacs.addresses")
-    assert hint in problem.mend
+    assert hint in problem.hint
 
 
 def test_hints_name_peers_without_addresses() -> None:

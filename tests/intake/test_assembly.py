@@ -141,7 +141,7 @@ def test_an_association_that_was_opened_to_go_on_is_waited_for(rig: Rig) -> None
     assert rig.reasons() == [(10, True, f"{TILES}, and the association ended")]
 
 
-def test_the_sender_s_own_count_needs_no_grace_and_mends_an_abort(rig: Rig) -> None:
+def test_the_sender_s_own_count_needs_no_grace_and_undoes_an_abort(rig: Rig) -> None:
     for ending in ("released", "aborted"):
         series = f"{CHEST}.{ending}"
         association = rig.associate()
@@ -229,7 +229,7 @@ def test_an_abort_with_nothing_after_it_is_incomplete(rig: Rig) -> None:
     assert rig.reasons() == [(10, False, f"incomplete: {why}; no instance came for 30 s")]
 
 
-def test_a_resend_mends_a_series_that_was_closed_as_incomplete(rig: Rig) -> None:
+def test_a_resend_completes_a_series_that_was_closed_as_incomplete(rig: Rig) -> None:
     rig.send_all(range(10), "aborted")
     rig.wait(QUIET)
     rig.send_all(range(10))
@@ -276,7 +276,7 @@ def test_a_resend_is_taken_though_it_cannot_be_learnt_whether_the_series_was_com
     assert [(count, complete) for count, complete, _ in rig.reasons()] == [(5, False), (5, True)]
 
 
-def test_another_associations_good_end_does_not_mend_an_abort(rig: Rig) -> None:
+def test_another_associations_good_end_does_not_undo_an_abort(rig: Rig) -> None:
     first, second = rig.associate(), rig.associate()
     for n in range(5):
         rig.send(first, header(n, series=CHEST))

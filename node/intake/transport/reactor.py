@@ -95,7 +95,7 @@ class Reactor(DULServiceProvider):
                 self.socket.free()
             if self.assoc.requestor.primitive is None:
                 # What came first was no request that could be decoded: its thread would wait for one.
-                self._warn("connection closed", reason="an association request is malformed", mend=SENDERS_FAULT)
+                self._warn("connection closed", reason="an association request is malformed", hint=SENDERS_FAULT)
                 self.to_user_queue.put(None)
             self.activity.set()
 
@@ -166,9 +166,9 @@ class Reactor(DULServiceProvider):
                 return None
         return super()._read_pdu_data()
 
-    def _refuse(self, reason: str, mend: str) -> None:
+    def _refuse(self, reason: str, hint: str) -> None:
         """Abort the association (AA-8, PS3.8 table 9-10)."""
-        self._warn("association aborted", calling_ae=ae_title(self.assoc.requestor.ae_title), reason=reason, mend=mend)
+        self._warn("association aborted", calling_ae=ae_title(self.assoc.requestor.ae_title), reason=reason, hint=hint)
         self.event_queue.put("Evt19")
 
     def _warn(self, event: str, **fields: Any) -> None:

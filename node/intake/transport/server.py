@@ -194,8 +194,8 @@ class Server(AssociationServer):
             self._warn(pending, reason)
 
     def _warn(self, pending: _Pending, reason: str) -> None:
-        mend = "let only DICOM peers reach this port; health checks should send C-ECHO, or connect and close"
-        self.service.quota.warning("connection closed", shown(str(pending.address[0])), reason=reason, mend=mend)
+        hint = "let only DICOM peers reach this port; health checks should send C-ECHO, or connect and close"
+        self.service.quota.warning("connection closed", shown(str(pending.address[0])), reason=reason, hint=hint)
 
     def _close(self, pending: _Pending) -> None:
         self._forget(pending)

@@ -134,7 +134,7 @@ class WaitingSocket(AssociationSocket):
                     "association closed",
                     shown(self.assoc.requestor.address or ""),
                     reason="a PDU was begun and not sent to its end",
-                    mend="look at the sender and the network between",
+                    hint="look at the sender and the network between",
                 )
                 self.ended = True
                 return False
