@@ -15,7 +15,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from scipy import ndimage
 
 from models.registry import ModelIdentity
-from models.rules.scan_level import state
+from models.rules.statement import state
 from node.images.orientation import Orientation
 from node.images.volume import SourceSlice, Volume
 from node.methods.outcome import Outcome

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.registry import ModelIdentity
-from models.rules.scan_level import ScanStatement
+from models.rules.statement import ScanStatement
 
 Side = Literal["right", "left"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from models.rules.scan_level import state
+from models.rules.statement import state
 from node.images.orientation import Orientation
 from node.images.volume import Volume, VolumeError, read_volume
 from node.methods.pneumonia.findings import LEFT, RIGHT, Findings
