@@ -54,7 +54,7 @@ _SETS = {
     "medseg-9": "MedSeg / Radiopaedia, three patients, CC BY-NC-SA 3.0",
     "semiseg": "COVID-SemiSeg, the published split (Fan et al. 2020), images of SIRM, licence not stated",
     "finding-lungs": "Kaggle 'Finding lungs in CT data', one slice a scan, licence not stated",
-    "phantom": "procedural phantoms of models/training/phantom.py, own",
+    "phantom": "procedural phantoms of models/phantom, own",
 }
 
 _TASKS: dict[Task, dict[str, Any]] = {

@@ -21,7 +21,7 @@ import psutil
 from conftest import REPOSITORY, Orthanc, free_port, wait_for
 from pydicom import dcmread
 
-from models.phantom.phantom import Phantom, phantom
+from models.phantom.draw import Phantom, phantom
 from node.cli import render
 from node.cli.render import deliveries
 from node.config import Peer

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from models.phantom.phantom import Phantom, phantom
+from models.phantom.draw import Phantom, phantom
 from models.registry import load_bundle
 from models.segmenter import inference
 from models.segmenter.inference import (

@@ -10,8 +10,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from models.calibration import LesionCalibration
+from models.labels import LEFT, RIGHT
 from node.images.volume import Volume
-from node.methods.pneumonia.findings import LEFT, RIGHT, Lesion, Region, Side
+from node.methods.pneumonia.findings import Lesion, Region, Side
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def measure(
     volume
         The volume (slices, rows, columns).
     lungs
-        Same shape: 0 background, RIGHT, LEFT.
+        Same shape: 0 background, then `models.labels`.
     probability
         Same shape: infection probability, 0 to 1.
     threshold
