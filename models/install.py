@@ -21,13 +21,13 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
+from models.configuration import data_format, inference_config, schema_metadata
 from models.registry import (
     BUNDLES,
     MOST_JSON_BYTES,
     WEIGHTS,
     Bundle,
     BundleError,
-    data_format,
     load_bundle,
     shown,
     verify,
@@ -112,9 +112,10 @@ def import_r231(weights: Path, folder: Path, name: str = "lungs-r231") -> Bundle
         for part in ("configs", "models", "docs"):
             (made / part).mkdir()
         save_file(network.state_dict(), made / WEIGHTS)
-        metadata = _R231 | {"name": name, "sha256": hashlib.sha256((made / WEIGHTS).read_bytes()).hexdigest()}
-        definition = {"network_def": {"_target_": f"{UNetR231.__module__}.{UNetR231.__name__}"}}
-        for file, content in (("metadata.json", metadata), ("inference.json", definition)):
+        digest = hashlib.sha256((made / WEIGHTS).read_bytes()).hexdigest()
+        metadata = {"name": name, "sha256": digest} | schema_metadata(_R231_DESCRIPTION) | _R231
+        running = inference_config("lungs", {"_target_": f"{UNetR231.__module__}.{UNetR231.__name__}"})
+        for file, content in (("metadata.json", metadata), ("inference.json", running)):
             (made / "configs" / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (made / "docs" / "README.md").write_text(_R231_CARD, encoding="utf-8")
         return _put(made, folder)
@@ -254,7 +255,7 @@ _R231 = {
     "task": "Lungs on chest CT, right and left (lungmask U-net R231)",
     "intended_use": "Research use, not for diagnosis.",
     "license": "that of the weights' publishers (github.com/JoHof/lungmask)",
-    "data_source": ["as published: Hofmanninger et al. 2020, doi:10.1186/s41747-020-00173-2"],
+    "data_source": "as published: Hofmanninger et al. 2020, doi:10.1186/s41747-020-00173-2",
     "hu_range": [-1024.0, 600.0],
     "pixel_mm": 1.5,
     "stride": 16,
@@ -267,6 +268,8 @@ _R231 = {
     ),
     "held_out": [],
 }
+
+_R231_DESCRIPTION = "Segments the right and the left lung on chest CT, with the published weights of lungmask's R231."
 
 _R231_CARD = """# Lungs on chest CT, right and left: lungmask U-net R231
 

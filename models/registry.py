@@ -110,6 +110,22 @@ class Bundle:
         return network.eval().requires_grad_(False).to(device)
 
 
+@dataclass(frozen=True)
+class BuiltBundle(Bundle):
+    """A bundle whose network has been built elsewhere; it runs on torch, as it is."""
+
+    network: torch.nn.Module
+
+    @classmethod
+    def of(cls, bundle: Bundle, network: torch.nn.Module) -> BuiltBundle:
+        """The bundle with this network in place of its own."""
+        return cls(bundle.name, bundle.version, bundle.sha256, bundle.metadata, bundle.path, network)
+
+    def load(self, device: str | torch.device = "cpu") -> torch.nn.Module:
+        """The network, in eval mode, on the device."""
+        return self.network.eval().requires_grad_(False).to(device)
+
+
 #: The weights' place within a bundle.
 WEIGHTS = Path("models") / "model.safetensors"
 
@@ -222,40 +238,6 @@ def verified(file: Path, expected: str) -> bytes:
     if found != expected:
         raise BundleError(f"{file}: sha256 is {found}, metadata.json says {expected}; restore it from the release")
     return content
-
-
-def data_format(inputs: int, spatial_shape: list[str], output: str, channels: dict[str, str]) -> dict[str, Any]:
-    """`network_data_format` of the metadata, as MONAI's bundle schema has it.
-
-    Parameters
-    ----------
-    inputs
-        Channels of the image: a slice and its neighbours.
-    spatial_shape
-        Height and width, as expressions of the schema: '16*n', '*'.
-    output
-        What the output's numbers are.
-    channels
-        Class of each output channel, or of each label where the output is a softmax.
-    """
-    image = {
-        "type": "image",
-        "format": "hounsfield",
-        "modality": "CT",
-        "num_channels": inputs,
-        "spatial_shape": spatial_shape,
-        "dtype": "float32",
-        "value_range": [-1, 1],
-        "is_patch_data": False,
-    }
-    prediction = {
-        "type": "segmentation",
-        "format": output,
-        "num_channels": len(channels),
-        "dtype": "float32",
-        "channel_def": channels,
-    }
-    return {"inputs": {"image": image}, "outputs": {"pred": prediction}}
 
 
 def shown(value: object, most: int = 200) -> str:

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from models.registry import IR, Bundle, load_bundle, verified
+from models.registry import IR, BuiltBundle, Bundle, load_bundle, verified
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def open_runtime(bundle: Bundle, device: str | None = None) -> Runtime:
     """
     if device is None:
         device = "cuda" if _has_card() else "cpu"
-    if device == "cpu":
+    if device == "cpu" and not isinstance(bundle, BuiltBundle):
         try:
             return OpenVinoRuntime(bundle)
         except NoIRError as reason:
