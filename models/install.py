@@ -1,9 +1,9 @@
-"""Bring a model of one's own: a MONAI bundle as a ZIP file, or the published weights of lungmask's R231.
+"""Install a model: a MONAI bundle as a ZIP file, or the published weights of lungmask's R231.
 
-What comes from elsewhere is data and nothing else: only the few files that a bundle is read from are taken out of an
-archive, under their own names and up to a size; weights are safetensors whose sha256 the metadata give; and before a
-bundle is in place its network has been built and run. OpenVINO's form of a network, which is a program of its own and
-may compute something else than the weights, is never taken but made here of the weights that were checked.
+An archive is untrusted data: only the few files that make a bundle are unpacked, under their own names and up to a
+size; weights must be safetensors with the sha256 in the metadata; and the network is built and run before the bundle is
+put in place. OpenVINO IR, which is a program of its own and may compute something else than the weights, is never
+taken from an archive but made here from the weights that were checked.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from models.runtime import NoIRError, export
 
 log = logging.getLogger(__name__)
 
-#: What is taken of an archive, and the most bytes that each may have: the bundle's own files, words and pictures. A
-#: bundle is read into memory to be checked; no segmentation network of today comes near.
+#: Files taken from an archive, and their largest size in bytes: the bundle's own files, text and pictures. A bundle is
+#: read into memory to be checked; no segmentation network of today comes near.
 _WANTED = {
     re.compile(r"configs/(metadata|inference)\.json"): MOST_JSON_BYTES,
     re.compile(r"models/model\.safetensors"): 2_000_000_000,
     re.compile(r"docs/[\w-]{1,64}\.(md|png)|LICENSE", re.ASCII): 16 << 20,
 }
-#: Limits of an archive: files, bytes of its directory, bytes of what is taken in all. Deflate reaches 1032 to 1; text
-#: and weights stay far below the ratio that is taken, of what is large enough to matter.
+#: Limits of an archive: files, bytes of its directory, bytes unpacked in all. Deflate reaches 1032 to 1; text and
+#: weights stay far below the ratio allowed for files that are large enough to matter.
 _MOST_FILES, _MOST_DIRECTORY, _MOST_BYTES = 1000, 1 << 20, 2_100_000_000
 _MOST_RATIO, _RATIO_FROM = 100, 1 << 20
 #: Bytes of a file of published weights; those of R231 have 120 MB.
@@ -57,7 +57,7 @@ def install(archive: Path, folder: Path) -> tuple[Bundle, list[str]]:
     Parameters
     ----------
     archive
-        ZIP file of the bundle's folder, or of what is in it.
+        ZIP file of the bundle's folder, or of its content.
     folder
         Where installed models lie, each in a folder of its name.
 
@@ -132,7 +132,7 @@ _UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplem
 
 
 def _check_directory(archive: Path) -> None:
-    """Refuse an archive whose directory is too large: `zipfile` reads all of it before it gives the first entry.
+    """Refuse an archive whose directory is too large: `zipfile` reads all of it before it returns the first entry.
 
     Records of the end of the directory are APPNOTE.TXT 4.3.14 to 4.3.16; that of ZIP64 overrides the other.
     """
@@ -208,7 +208,7 @@ def _problem(entry: zipfile.ZipInfo, path: PurePosixPath) -> str:
 
 
 def _unpack(archive: zipfile.ZipFile, wanted: dict[str, zipfile.ZipInfo], scratch: Path) -> None:
-    """Write the entries under their names; `zipfile` gives no more bytes of one than it says, and checks their CRC."""
+    """Write the entries under their names; `zipfile` returns no more bytes than each declares, and checks the CRC."""
     for inner, entry in wanted.items():
         content = archive.read(entry)
         if len(content) != entry.file_size:

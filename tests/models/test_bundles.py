@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY
 from numpy.typing import NDArray
 
 from models.build import build
 from models.configuration import REQUIRED_PACKAGES, inference_config
+from models.install import import_r231
+from models.networks.unet_r231 import UNetR231
 from models.phantom.draw import phantom
 from models.registry import BUNDLES, BundleError, load_bundle
 from models.segmenter.inference import Segmenter
@@ -140,6 +143,26 @@ def test_metadata_are_as_the_schema_of_monai_has_them(name: str) -> None:
     ends = metadata["network_data_format"]
     for tensor in (*ends["inputs"].values(), *ends["outputs"].values()):
         assert {key: type(tensor.get(key)) for key in TENSOR} == TENSOR
+
+
+def test_weights_that_a_user_imports_become_a_bundle_as_complete(tmp_path: Path) -> None:
+    names = (
+        ("down.", "down_path.", ".block."),
+        ("reduce.", "up_path.", ".up.1."),
+        ("up.", "up_path.", ".conv_block.block."),
+    )
+    published = {}
+    for name, value in UNetR231().state_dict().items():
+        own, theirs, middle = next((one for one in names if name.startswith(one[0])), ("head.", "last.", ""))
+        level, _, rest = name.removeprefix(own).partition(".") if middle else ("", "", name.removeprefix(own))
+        published[f"{theirs}{level}{middle}{rest}"] = value
+    torch.save(published, tmp_path / "unet_r231-random.pth")
+
+    bundle = import_r231(tmp_path / "unet_r231-random.pth", tmp_path / "models")
+
+    own = json.loads((bundle.path / "configs" / "inference.json").read_text())
+    assert own == inference_config("lungs", {"_target_": "models.networks.unet_r231.UNetR231"})
+    assert {key: type(bundle.metadata.get(key)) for key in REQUIRED | OPTIONAL} == REQUIRED | OPTIONAL
 
 
 def test_the_packages_that_a_bundle_names_are_those_of_the_extra() -> None:
