@@ -122,7 +122,7 @@ def peak_mb() -> float:
 
 
 def written_phantom(folder: Path) -> Path:
-    from models.phantom.phantom import phantom
+    from models.phantom.draw import phantom
     from node.images.phantom_series import write_series
 
     write_series(phantom(7, shape=SHAPE, severity=2), folder, 7)

@@ -26,7 +26,7 @@ from pydicom.uid import generate_uid
 from rich.console import Console
 from rich.table import Table
 
-from models.phantom.phantom import phantom
+from models.phantom.draw import phantom
 from node.config import Peer
 from node.delivery.peer import Outgoing
 from node.delivery.push import push_all

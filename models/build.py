@@ -1,9 +1,9 @@
 """The one network builder: a bundle's `network_def` → a network.
 
-A definition is data from elsewhere. MONAI's own parser resolves dotted names by attribute and calls what it finds, so
-it is not used here: a definition names one class of the table below, exactly, and gives it plain values. Nothing else
-of a bundle is evaluated. A network is first built without memory (torch's meta device), under limits that do not
-depend on what its arguments mean.
+A definition is untrusted data. MONAI's own parser resolves dotted names by attribute and calls the result, so it is not
+used here: a definition must name exactly one class of the table below, with plain values as arguments. Nothing else of
+a bundle is evaluated. A network is first built without memory (torch's meta device), under limits that hold whatever
+its arguments mean.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _MONAI: Final = {
     "VNet": "vnet",
 }
 
-#: What `_target_` may be → module and class. MONAI's networks have the three spellings that MONAI itself takes.
+#: Allowed `_target_` → module and class. MONAI's networks have the three spellings that MONAI itself accepts.
 NETWORKS: Final[Mapping[str, tuple[str, str]]] = {
     **{f"models.networks.{file}.{name}": (f"models.networks.{file}", name) for name, file in _OWN.items()},
     **{
@@ -59,10 +59,10 @@ NETWORKS: Final[Mapping[str, tuple[str, str]]] = {
     },
 }
 
-#: Arguments that are no part of a network: these download weights.
+#: Refused arguments: they download weights.
 _REFUSED: Final = frozenset(("pretrained", "progress"))
 
-#: The largest number, and the longest list or text, among the arguments; layers of the widest networks are below.
+#: The largest number, and the longest list or text, among the arguments; the widest networks stay below.
 _MOST, _LONGEST = 4096, 64
 #: Lists in lists: kernel sizes by level and axis.
 _DEEPEST = 3
@@ -90,7 +90,7 @@ def build(network_def: Mapping[str, Any], device: str = "cpu") -> nn.Module:
     """
     made, arguments = network_class(network_def), _arguments(network_def)
     try:
-        # Constructors warn of arguments that make no sense; whether these are right is seen when the network runs.
+        # Constructors warn about odd arguments; running the network shows whether they are right.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.device("meta"), _limits():
@@ -98,7 +98,7 @@ def build(network_def: Mapping[str, Any], device: str = "cpu") -> nn.Module:
             return network if device == "meta" else made(**arguments)
     except BundleError:
         raise
-    except Exception as error:  # whatever a constructor makes of arguments that it was not written for
+    except Exception as error:  # a constructor may raise anything on arguments that it was not written for
         what = f"{type(error).__name__}: {shown(error)}"
         raise BundleError(f"network_def: {made.__name__} cannot be built with these arguments ({what})") from None
 
@@ -129,7 +129,7 @@ def _arguments(network_def: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(value: object, key: str, depth: int) -> None:
-    """Refuse what is not a plain value, and expressions ($), references (@) and macros (%), which MONAI would run."""
+    """Refuse all but plain values: expressions ($), references (@) and macros (%), which MONAI would run, above all."""
     where = f"network_def: {shown(key)}"
     if value is None or isinstance(value, bool):
         return

@@ -1,8 +1,8 @@
-"""From what a network says of a lesion's voxels to the probability that the lesion is one.
+"""The probability that a lesion is true, from the network's probabilities of its voxels and its volume.
 
-The mean over voxels that all exceed the threshold is near 1 whatever the lesion is. A logistic model of three plain
-features, fitted on patients that the network had not seen (`models.training.calibration`), says how often a lesion
-like this one was true. Its coefficients are part of the bundle's metadata, `lesion_calibration`.
+The mean over voxels that all exceed the threshold is near 1 for any lesion. A logistic model of three features, fitted
+on patients that the network had not seen (`models.training.calibration`), says how often a lesion like this one was
+true. Its coefficients are part of the bundle's metadata, `lesion_calibration`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class LesionCalibration:
         maximum: NDArray[np.floating],
         volume_mm3: NDArray[np.floating],
     ) -> NDArray[np.float64]:
-        """Probability that lesions are true, of the mean and maximum over their voxels and their volume."""
+        """Probability that lesions are true, from the mean and maximum over their voxels and from their volume."""
         score = self.intercept + self.mean * mean + self.maximum * maximum + self.log_volume * np.log(volume_mm3)
         chance: NDArray[np.float64] = 0.5 + 0.5 * np.tanh(0.5 * score)  # the logistic function, which cannot overflow
         return chance

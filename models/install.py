@@ -1,9 +1,9 @@
-"""Bring a model of one's own: a MONAI bundle as a ZIP file, or the published weights of lungmask's R231.
+"""Install a model: a MONAI bundle as a ZIP file, or the published weights of lungmask's R231.
 
-What comes from elsewhere is data and nothing else: only the few files that a bundle is read from are taken out of an
-archive, under their own names and up to a size; weights are safetensors whose sha256 the metadata give; and before a
-bundle is in place its network has been built and run. OpenVINO's form of a network, which is a program of its own and
-may compute something else than the weights, is never taken but made here of the weights that were checked.
+An archive is untrusted data: only the few files that make a bundle are unpacked, under their own names and up to a
+size; weights must be safetensors with the sha256 in the metadata; and the network is built and run before the bundle is
+put in place. OpenVINO IR, which is a program of its own and may compute something else than the weights, is never
+taken from an archive but made here from the weights that were checked.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
+from models.configuration import data_format, inference_config, schema_metadata
 from models.registry import (
     BUNDLES,
     MOST_JSON_BYTES,
     WEIGHTS,
     Bundle,
     BundleError,
-    data_format,
     load_bundle,
     shown,
     verify,
@@ -36,15 +36,15 @@ from models.runtime import NoIRError, export
 
 log = logging.getLogger(__name__)
 
-#: What is taken of an archive, and the most bytes that each may have: the bundle's own files, words and pictures. A
-#: bundle is read into memory to be checked; no segmentation network of today comes near.
+#: Files taken from an archive, and their largest size in bytes: the bundle's own files, text and pictures. A bundle is
+#: read into memory to be checked; no segmentation network of today comes near.
 _WANTED = {
     re.compile(r"configs/(metadata|inference)\.json"): MOST_JSON_BYTES,
     re.compile(r"models/model\.safetensors"): 2_000_000_000,
     re.compile(r"docs/[\w-]{1,64}\.(md|png)|LICENSE", re.ASCII): 16 << 20,
 }
-#: Limits of an archive: files, bytes of its directory, bytes of what is taken in all. Deflate reaches 1032 to 1; text
-#: and weights stay far below the ratio that is taken, of what is large enough to matter.
+#: Limits of an archive: files, bytes of its directory, bytes unpacked in all. Deflate reaches 1032 to 1; text and
+#: weights stay far below the ratio allowed for files that are large enough to matter.
 _MOST_FILES, _MOST_DIRECTORY, _MOST_BYTES = 1000, 1 << 20, 2_100_000_000
 _MOST_RATIO, _RATIO_FROM = 100, 1 << 20
 #: Bytes of a file of published weights; those of R231 have 120 MB.
@@ -57,7 +57,7 @@ def install(archive: Path, folder: Path) -> tuple[Bundle, list[str]]:
     Parameters
     ----------
     archive
-        ZIP file of the bundle's folder, or of what is in it.
+        ZIP file of the bundle's folder, or of its content.
     folder
         Where installed models lie, each in a folder of its name.
 
@@ -112,9 +112,10 @@ def import_r231(weights: Path, folder: Path, name: str = "lungs-r231") -> Bundle
         for part in ("configs", "models", "docs"):
             (made / part).mkdir()
         save_file(network.state_dict(), made / WEIGHTS)
-        metadata = _R231 | {"name": name, "sha256": hashlib.sha256((made / WEIGHTS).read_bytes()).hexdigest()}
-        definition = {"network_def": {"_target_": f"{UNetR231.__module__}.{UNetR231.__name__}"}}
-        for file, content in (("metadata.json", metadata), ("inference.json", definition)):
+        digest = hashlib.sha256((made / WEIGHTS).read_bytes()).hexdigest()
+        metadata = {"name": name, "sha256": digest} | schema_metadata(_R231_DESCRIPTION) | _R231
+        running = inference_config("lungs", {"_target_": f"{UNetR231.__module__}.{UNetR231.__name__}"})
+        for file, content in (("metadata.json", metadata), ("inference.json", running)):
             (made / "configs" / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (made / "docs" / "README.md").write_text(_R231_CARD, encoding="utf-8")
         return _put(made, folder)
@@ -131,7 +132,7 @@ _UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplem
 
 
 def _check_directory(archive: Path) -> None:
-    """Refuse an archive whose directory is too large: `zipfile` reads all of it before it gives the first entry.
+    """Refuse an archive whose directory is too large: `zipfile` reads all of it before it returns the first entry.
 
     Records of the end of the directory are APPNOTE.TXT 4.3.14 to 4.3.16; that of ZIP64 overrides the other.
     """
@@ -207,7 +208,7 @@ def _problem(entry: zipfile.ZipInfo, path: PurePosixPath) -> str:
 
 
 def _unpack(archive: zipfile.ZipFile, wanted: dict[str, zipfile.ZipInfo], scratch: Path) -> None:
-    """Write the entries under their names; `zipfile` gives no more bytes of one than it says, and checks their CRC."""
+    """Write the entries under their names; `zipfile` returns no more bytes than each declares, and checks the CRC."""
     for inner, entry in wanted.items():
         content = archive.read(entry)
         if len(content) != entry.file_size:
@@ -254,7 +255,7 @@ _R231 = {
     "task": "Lungs on chest CT, right and left (lungmask U-net R231)",
     "intended_use": "Research use, not for diagnosis.",
     "license": "that of the weights' publishers (github.com/JoHof/lungmask)",
-    "data_source": ["as published: Hofmanninger et al. 2020, doi:10.1186/s41747-020-00173-2"],
+    "data_source": "as published: Hofmanninger et al. 2020, doi:10.1186/s41747-020-00173-2",
     "hu_range": [-1024.0, 600.0],
     "pixel_mm": 1.5,
     "stride": 16,
@@ -267,6 +268,8 @@ _R231 = {
     ),
     "held_out": [],
 }
+
+_R231_DESCRIPTION = "Segments the right and the left lung on chest CT, with the published weights of lungmask's R231."
 
 _R231_CARD = """# Lungs on chest CT, right and left: lungmask U-net R231
 

@@ -1,9 +1,9 @@
 """Bundles by name: configuration, digest-checked weights, model card (MONAI bundle layout).
 
 A bundle is a folder: `configs/metadata.json`, `configs/inference.json`, `models/model.safetensors`, `docs/README.md`.
-Weights are data: only safetensors is read, only after its sha256 agreed with the metadata. Of `inference.json` only
-`network_def` is read, which `models.build` makes a network of; whatever else it holds is for MONAI's own commands, and
-is never evaluated here.
+Weights are data: only safetensors is read, and only after its sha256 agrees with the metadata. Of `inference.json` only
+`network_def` is read, from which `models.build` makes the network; the rest is for MONAI's own commands and is never
+evaluated here.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-#: Where the bundles lie that come with the program.
+#: The bundles that come with the program.
 BUNDLES = Path(__file__).parent / "bundles"
 
-#: Limits of a bundle's JSON files, whose own hold 8 kB: bytes, and objects or lists within each other.
+#: Limits of a bundle's JSON files (ours hold 8 kB): bytes, and nesting of objects and lists.
 MOST_JSON_BYTES, _DEEPEST_JSON = 1 << 20, 32
 #: Bytes of the header of safetensors, which names each tensor in about 100 bytes.
 _MOST_HEADER_BYTES = 4 << 20
 #: Whole numbers that a double holds exactly; none of a model's sizes comes near.
 _MOST_NUMBER = 1 << 53
 
-#: What a model and its version may be called. Both stand in paths, on terminals and in DICOM objects (VR LO).
+#: Allowed names and versions of a model. Both go into paths, terminals and DICOM objects (VR LO).
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,31}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -110,6 +110,22 @@ class Bundle:
         return network.eval().requires_grad_(False).to(device)
 
 
+@dataclass(frozen=True)
+class BuiltBundle(Bundle):
+    """A bundle whose network has been built elsewhere; it runs on torch, as it is."""
+
+    network: torch.nn.Module
+
+    @classmethod
+    def of(cls, bundle: Bundle, network: torch.nn.Module) -> BuiltBundle:
+        """The bundle with this network in place of its own."""
+        return cls(bundle.name, bundle.version, bundle.sha256, bundle.metadata, bundle.path, network)
+
+    def load(self, device: str | torch.device = "cpu") -> torch.nn.Module:
+        """The network, in eval mode, on the device."""
+        return self.network.eval().requires_grad_(False).to(device)
+
+
 #: The weights' place within a bundle.
 WEIGHTS = Path("models") / "model.safetensors"
 
@@ -132,7 +148,7 @@ def load_bundle(name_or_path: str | Path, installed: Path | None = None) -> Bund
     BundleError
         There is no such bundle, it is incomplete, or the digest of the weights is not the recorded one.
     """
-    # A name is looked up among the installed bundles first: a folder of the same name beside us must not stand in.
+    # A name is looked up among the installed bundles first: a folder of that name in the working folder must not win.
     homes = [BUNDLES, installed] if installed else [BUNDLES]
     path = next((home / name_or_path for home in homes if (home / name_or_path).is_dir()), Path(name_or_path))
     file = path / "configs" / "metadata.json"
@@ -163,8 +179,8 @@ def verify(bundle: Bundle) -> None:
     Raises
     ------
     BundleError
-        It does not load, does not run, or gives what the metadata do not say; or these lack what inference needs; or
-        its OpenVINO IR, where it has one, is not the one that they name.
+        It does not load or run, or its output is not as the metadata say; or they lack a key that inference needs; or
+        its OpenVINO IR, if it has one, is not the one that they name.
     """
     import torch
 
@@ -195,19 +211,19 @@ def verify(bundle: Bundle) -> None:
 
 
 def _require_role(bundle: Bundle) -> None:
-    """A bundle says what its model is for, and is what a model for that must be."""
+    """A bundle must name its role, and fit it."""
     from models.roles import ROLES, role_of
 
     said = role_of(bundle.metadata)
     if said is None:
         file = bundle.path / "configs" / "metadata.json"
         raise BundleError(f'{file}: \'role\' is missing; add what the model finds, such as "role": "lungs"')
-    if said in ROLES:  # another is for a method of somebody else's, which knows what it needs
+    if said in ROLES:  # another role belongs to an installed method, which checks it itself
         ROLES[said].require(bundle)
 
 
 def verified(file: Path, expected: str) -> bytes:
-    """Bytes of a bundle's file that has this sha256: read once, so that what is checked is what is used.
+    """Bytes of a bundle's file with this sha256, read once, so that the bytes checked are the bytes used.
 
     Raises
     ------
@@ -222,40 +238,6 @@ def verified(file: Path, expected: str) -> bytes:
     if found != expected:
         raise BundleError(f"{file}: sha256 is {found}, metadata.json says {expected}; restore it from the release")
     return content
-
-
-def data_format(inputs: int, spatial_shape: list[str], output: str, channels: dict[str, str]) -> dict[str, Any]:
-    """`network_data_format` of the metadata, as MONAI's bundle schema has it.
-
-    Parameters
-    ----------
-    inputs
-        Channels of the image: a slice and its neighbours.
-    spatial_shape
-        Height and width, as expressions of the schema: '16*n', '*'.
-    output
-        What the output's numbers are.
-    channels
-        Class of each output channel, or of each label where the output is a softmax.
-    """
-    image = {
-        "type": "image",
-        "format": "hounsfield",
-        "modality": "CT",
-        "num_channels": inputs,
-        "spatial_shape": spatial_shape,
-        "dtype": "float32",
-        "value_range": [-1, 1],
-        "is_patch_data": False,
-    }
-    prediction = {
-        "type": "segmentation",
-        "format": output,
-        "num_channels": len(channels),
-        "dtype": "float32",
-        "channel_def": channels,
-    }
-    return {"inputs": {"image": image}, "outputs": {"pred": prediction}}
 
 
 def shown(value: object, most: int = 200) -> str:

@@ -1,7 +1,7 @@
-"""What a model is for: its role, and what a bundle must be to have it.
+"""Roles of models, and the conditions that a bundle must meet to have one.
 
-A bundle's metadata say `role` and `dimensions`, and under `network_data_format` how many channels come out. Nothing is
-inferred from position or size: a model that says another role than the one it is named for is refused.
+A bundle's metadata give `role` and `dimensions`, and in `network_data_format` the number of output channels. Nothing is
+inferred from position or size: a model whose role differs from the one it is configured for is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Role:
     def require(self, bundle: Bundle) -> None:
         """Check by the metadata that a bundle has this role.
 
-        A bundle from before roles were recorded says none: then the settings' word counts, and the rest must fit.
+        A bundle from before roles were recorded has none: then the settings decide, and the rest must fit.
 
         Raises
         ------
@@ -61,11 +61,11 @@ class Role:
 LUNGS = Role("lungs", "the right and the left lung", 3, "lungs")
 INFECTION = Role("infection", "infection", 1, "infection", needs=("threshold", "minimum_lesion_mm3"))
 
-#: Those of the models that come with the program.
+#: Roles of the models that come with the program.
 ROLES: Mapping[str, Role] = {role.name: role for role in (LUNGS, INFECTION)}
 
 
 def role_of(metadata: Mapping[str, Any]) -> str | None:
-    """The role that a bundle's metadata say; None where they say none."""
+    """The role in a bundle's metadata; None where there is none."""
     said = metadata.get("role")
     return None if said is None else str(said)

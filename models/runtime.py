@@ -1,8 +1,8 @@
-"""What a network runs on: CUDA through torch where there is a card; on a CPU OpenVINO, or torch where OpenVINO cannot.
+"""Runtimes of a network: torch on a CUDA card; on a CPU OpenVINO, or torch where OpenVINO cannot run it.
 
-A bundle may hold its network as OpenVINO IR beside the weights: it starts without torch, runs several times faster on
-a CPU, and agrees with torch in float32 within 0.002 Dice (tests/models/test_runtime.py). That of the lungs is int8;
-infection in int8 does not agree that well.
+A bundle may hold its network as OpenVINO IR beside the weights. The IR starts without torch, runs several times faster
+on a CPU, and agrees with torch in float32 within 0.002 Dice (tests/models/test_runtime.py). The lungs' IR is int8;
+the infection model does not agree that well in int8.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from models.registry import IR, Bundle, load_bundle, verified
+from models.registry import IR, BuiltBundle, Bundle, load_bundle, verified
 
 log = logging.getLogger(__name__)
 
 #: Slabs that go through torch at once, on a CPU and on a card.
 _BATCH = {"cpu": 8, "cuda": 32}
 
-#: Parameters of mallopt(3): pieces that are mapped one by one, and free memory from which it is given back.
+#: Parameters of mallopt(3): allocations mapped separately, and free memory above which it is returned.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 
-#: Compiled shapes that are kept; a series needs one, and a hospital's fields of view differ little.
+#: Compiled shapes kept in memory; a series needs one, and the fields of view within a hospital differ little.
 _SHAPES = 8
 
 _HALF = ("amx_bf16", "avx512_bf16")
 
 
 class CardMemoryError(MemoryError):
-    """A card has too little memory; a CPU may do."""
+    """A card has too little memory; a CPU may suffice."""
 
 
 class Runtime(Protocol):
@@ -56,7 +56,7 @@ class Runtime(Protocol):
 
 
 def open_runtime(bundle: Bundle, device: str | None = None) -> Runtime:
-    """Open a bundle's network on what runs it fastest.
+    """Open a bundle's network on the fastest runtime for it.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def open_runtime(bundle: Bundle, device: str | None = None) -> Runtime:
     """
     if device is None:
         device = "cuda" if _has_card() else "cpu"
-    if device == "cpu":
+    if device == "cpu" and not isinstance(bundle, BuiltBundle):
         try:
             return OpenVinoRuntime(bundle)
         except NoIRError as reason:
@@ -83,7 +83,7 @@ def open_runtime(bundle: Bundle, device: str | None = None) -> Runtime:
 class OpenVinoRuntime:
     """OpenVINO on all cores: in int8 where the IR is, else in bfloat16 where CPU and network bear it.
 
-    One slab to a core gives the most slabs a second, and a result that does not depend on the number of cores.
+    One slab per core gives the highest throughput, and a result that does not depend on the number of cores.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -209,8 +209,8 @@ def cores() -> int:
 def keep_memory() -> None:
     """Have this process keep the memory that it frees, for its next analysis.
 
-    Volumes are hundreds of megabytes. glibc gives such pieces back at once, and to be handed them anew, page by page,
-    costs a fifth of an analysis. Where the C library is another one nothing changes.
+    Volumes are hundreds of megabytes. glibc returns such allocations at once, and getting them again page by page costs
+    a fifth of an analysis. With another C library nothing changes.
     """
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -244,13 +244,13 @@ def export(path: Path, examples: Sequence[NDArray[np.float32]] = ()) -> None:
     openvino = _openvino()
     try:
         with warnings.catch_warnings():
-            # torch has other plans for its users than traces; OpenVINO still reads them best.
+            # torch deprecates traces, but OpenVINO still reads them best.
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(network, example, check_trace=False)  # type: ignore[no-untyped-call]
         model = openvino.convert_model(traced, input=[[-1, channels, -1, -1]])
     except RuntimeError as error:
         raise NoIRError(f"OpenVINO cannot take the network: {str(error).splitlines()[0]}") from None
-    # Of another shape than the trace: what a network decides by its input's shape is not traced.
+    # Another shape than that of the trace: decisions that a network takes by shape are not traced.
     image = torch.linspace(-1, 1, channels * 6 * side * side).reshape(1, channels, 2 * side, 3 * side).sin()
     plain = {"INFERENCE_PRECISION_HINT": "f32"}
     found = openvino.Core().compile_model(model, "CPU", plain)([image.numpy()])[0]
@@ -260,7 +260,7 @@ def export(path: Path, examples: Sequence[NDArray[np.float32]] = ()) -> None:
         raise NoIRError("OpenVINO computes something else than torch does")
     if examples:
         model = _quantised(model, examples)
-    # Half the size; what the weights lose is less than what bfloat16 loses in every product.
+    # Half the size; weights lose less by it than every product does in bfloat16.
     openvino.save_model(model, path / IR[0], compress_to_fp16=True)
     record = {
         "version": openvino.__version__,
@@ -286,7 +286,7 @@ class NoIRError(Exception):
 
 
 def _openvino() -> Any:
-    # Without this, importing OpenVINO tells Google Analytics about it; a clinical network is to stay silent.
+    # Without this, importing OpenVINO reports to Google Analytics; a clinical network must stay silent.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         import openvino

@@ -18,7 +18,7 @@ import SimpleITK
 from conftest import Orthanc, RunningNode, running_node, running_orthanc, tool, wait_for
 from pydicom import Dataset, dcmread
 
-from models.phantom.phantom import phantom
+from models.phantom.draw import phantom
 from node.images.phantom_series import write_series
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]

@@ -102,6 +102,16 @@ def test_models_import_nothing_of_the_node() -> None:
     ] == []
 
 
+def test_what_a_node_runs_needs_no_training_code() -> None:
+    """`models.training` needs packages of an extra: of `models`, only itself imports it, and the drawing of phantoms,
+    which the demo and `lungnode phantom` use, does without."""
+    assert [
+        f"{module} imports {target}"
+        for module, target in modules("models")
+        if target.startswith("models.training") and not module.startswith("models.training")
+    ] == []
+
+
 def test_results_know_no_method() -> None:
     """Neither by an import nor by a word: what is said of an organ is the method's."""
     own = ("node.methods.outcome", "node.methods.codes", "node.methods.registry")

@@ -12,7 +12,7 @@ import pytest
 from conftest import Clock, series_closed
 from pydicom import dcmread
 
-from models.phantom.phantom import phantom
+from models.phantom.draw import phantom
 from models.registry import BundleError
 from models.runtime import CardMemoryError
 from node import tasks

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, tool
 
-from models.phantom.phantom import phantom
+from models.phantom.draw import phantom
 from node.images.phantom_series import write_series
 
 pytestmark = pytest.mark.timeout(300)

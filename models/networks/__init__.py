@@ -1,1 +1,1 @@
-"""Networks, one a file, as plain torch or MONAI modules."""
+"""Networks, one per file, as plain torch or MONAI modules."""

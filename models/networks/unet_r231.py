@@ -29,10 +29,10 @@ _WIDTHS = (64, 128, 256, 512, 1024)
 class UNetR231(nn.Module):
     """Logits [n, 3, y, x] of background, right and left lung for slices [n, 1, y, x] of any size.
 
-    Where the slice is cut depends on what it shows: this cannot be traced into a fixed graph.
+    Where a slice is cut depends on its content, so the network cannot be traced into a fixed graph.
     """
 
-    #: Height and width of the input may be anything; a multiple of this is what others here need.
+    #: Height and width of the input may be anything; the other networks here need a multiple of this.
     stride = 16
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class UNetR231(nn.Module):
         self.head = nn.Conv2d(_WIDTHS[0], 3, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Cut, segment, put back; what lies outside the body is background."""
+        """Cut, segment, put back; everything outside the body is background."""
         if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
             raise RuntimeError("this network cuts each slice to what it shows, so a trace of it would be wrong")
         unit = (image.float() + 1) / 2
@@ -115,7 +115,7 @@ def published_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             case _:
                 raise ValueError(f"{name} is no part of lungmask's U-Net")
     if "head.weight" in renamed and len(renamed["head.weight"]) != 3:
-        raise ValueError(f"it tells {len(renamed['head.weight'])} classes apart, not background, right and left lung")
+        raise ValueError(f"it has {len(renamed['head.weight'])} classes, not background, right and left lung")
     return renamed
 
 

@@ -1,1 +1,1 @@
-"""Procedural chest CT with exact masks."""
+"""Procedural chest CT with exact masks: `draw` composes what the other modules draw."""

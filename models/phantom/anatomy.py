@@ -13,10 +13,11 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from models.labels import LEFT, RIGHT
 from models.phantom.shapes import capsule, smooth_minimum, smoothstep, superellipse
 
 #: Labels that `anatomy` writes beside the HU.
-OUTSIDE, RIGHT_LUNG, LEFT_LUNG, AIRWAY = 0, 1, 2, 3
+OUTSIDE, RIGHT_LUNG, LEFT_LUNG, AIRWAY = 0, RIGHT, LEFT, 3
 
 _AIR = -1000.0
 _NOTHING = -9999.0

@@ -1,1 +1,1 @@
-"""Published scan-level rules."""
+"""Published scan-level rules, one per module; `statement` applies them all to one scan."""

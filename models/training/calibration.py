@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 from scipy import optimize
 
 from models.calibration import LesionCalibration
-from models.segmenter.inference import lesion_sized
+from models.segmenter.inference import SLAB_MM, lesion_sized
 from models.training import datasets
 from models.training.datasets import Patient
 from models.training.evaluate import LESION_OVERLAP, Chance
 
-#: Thickness of a slab, mm (`models.segmenter.inference.SLAB_MM`): the sets do not say theirs.
-_SLAB_MM = 2.5
-#: Lesions below this are not reported, mm³: a ball of 6 mm, as in `node.methods.pneumonia.measure`.
+#: Lesions below this are not reported, mm³: a sphere of 6 mm. It is published in the metadata, where the node reads it.
 MINIMUM_LESION_MM3 = 100.0
 #: Nor those that reach over no more than this from inferior to superior, mm. Of what one slab alone shows, as a vessel
 #: that runs along it does too, 39 % were lesions on patients that the network had not seen; of what two slabs show
@@ -67,7 +65,7 @@ def found_lesions(chances: Iterable[tuple[Patient, Chance]], threshold: float) -
     lesions = []
     for patient, chance in chances:
         assert patient.infection is not None
-        spacing = _SLAB_MM / patient.slab, datasets.PIXEL_MM, datasets.PIXEL_MM
+        spacing = SLAB_MM / patient.slab, datasets.PIXEL_MM, datasets.PIXEL_MM
         label = cc3d.connected_components(chance >= threshold, connectivity=26)
         where = np.nonzero(label)
         of = label[where]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from models.phantom.phantom import phantom
+from models.phantom.draw import phantom
 from models.training.thorax import FINDINGS
 
 #: Pixel size of every slice, and of the networks.

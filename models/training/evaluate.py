@@ -24,6 +24,7 @@ from scipy.stats import binomtest
 from torch.nn import functional
 
 from models.registry import Bundle
+from models.rules.consecutive_slices import MINIMUM_SLICE_AREA_MM2
 from models.training import datasets
 from models.training.datasets import Patient
 from models.training.sampling import HU_RANGE, Task
@@ -34,8 +35,8 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 #: Difference between thresholds, in Dice less false positives, that ten patients do not tell from none.
 ALIKE = 0.005
-#: A slice counts as positive, and a lesion as one, from this area on, mm² (`models.rules.scan_level`).
-POSITIVE_MM2 = 20.0
+#: A slice counts as positive, and a lesion as one, from this area on, mm².
+POSITIVE_MM2 = MINIMUM_SLICE_AREA_MM2
 #: Contours agree within this, mm: two pixels, and what COVID-19-CT-Seg-20 was published with (Ma et al. 2021) for
 #: infection. (For lungs they took 1 mm, less than a pixel here.)
 SURFACE_MM = 3.0

@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version as installed
 from inspect import getmodule
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.build import build, network_class
-from models.registry import BUNDLES, WEIGHTS, Bundle, data_format, load_bundle
+from models.configuration import data_format, inference_config, schema_metadata
+from models.registry import BUNDLES, WEIGHTS, Bundle, load_bundle
 from models.runtime import export
 from models.training import datasets
 from models.training.calibration import MINIMUM_EXTENT_MM, MINIMUM_LESION_MM3, Reliability, calibrate, found_lesions
@@ -55,18 +55,20 @@ _SETS = {
     "semiseg": "COVID-SemiSeg, the published split (Fan et al. 2020), images of SIRM, licence not stated",
     "finding-lungs": "Kaggle 'Finding lungs in CT data', one slice a scan, licence not stated",
     "radiopaedia": "Radiopaedia, two patients with much pneumonia, one of them the fourth of MedSeg, CC BY-NC-SA 3.0",
-    "phantom": "procedural phantoms of models/training/phantom.py, own",
+    "phantom": "procedural phantoms of models/phantom, own",
     "changed": "the same with lobes or lungs without air, fluid, gas, or one lung (models/training/thorax.py), own",
 }
 
 _TASKS: dict[Task, dict[str, Any]] = {
     "lungs": {
         "title": "Lungs on chest CT, right and left",
+        "description": "Segments the right and the left lung on chest CT, slice by slice, diseased lung included.",
         "channels": {"0": "background", "1": "right lung", "2": "left lung"},
         "output": "logits of three classes; softmax",
     },
     "infection": {
         "title": "Pneumonia infection on chest CT: ground glass and consolidation",
+        "description": "Segments ground glass and consolidation on chest CT, within the lungs that a lung model finds.",
         "channels": {"0": "infection"},
         "output": "logit of infection; sigmoid",
     },
@@ -148,7 +150,7 @@ def publish(
         shutil.copyfile(weights, made / WEIGHTS)
         metadata = _metadata(task, plan, version, hashlib.sha256(weights.read_bytes()).hexdigest())
         _write_json(made / "configs" / "metadata.json", metadata)
-        _write_json(made / "configs" / "inference.json", {"network_def": plan.network})
+        _write_json(made / "configs" / "inference.json", inference_config(task, plan.network))
         results = _measure(task, load_bundle(made), material, metadata, floor)
         _write_json(made / "configs" / "metadata.json", metadata)
         _draw(task, results, made / "docs")
@@ -219,15 +221,13 @@ def _metadata(task: Task, plan: Plan, version: str, digest: str) -> dict[str, An
         "name": task,
         "version": version,
         "sha256": digest,
-        "monai_version": installed("monai"),
-        "pytorch_version": installed("torch").split("+")[0],
-        "numpy_version": installed("numpy"),
+        **schema_metadata(about["description"]),
         "role": task,
         "dimensions": 2,
         "task": about["title"],
         "intended_use": "Research use, not for diagnosis.",
         "license": _licence(plan.shares),
-        "data_source": [_SETS[source] for source in plan.shares],
+        "data_source": "; ".join(_SETS[source] for source in plan.shares),
         "hu_range": list(HU_RANGE),
         "pixel_mm": datasets.PIXEL_MM,
         "stride": stride,
@@ -268,7 +268,7 @@ def _card(
         "",
         "## Trained on",
         "",
-        *(f"- {text}" for text in metadata["data_source"]),
+        *(f"- {_SETS[source]}" for source in plan.shares),
         "",
         "Split by patient (`models.training.datasets.split`): none of the figures below is of a patient that the "
         "network that gave it had learnt from or was chosen on.",

@@ -18,7 +18,7 @@ import SimpleITK
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from models.phantom.phantom import phantom
+from models.phantom.draw import phantom
 from models.registry import load_bundle
 from models.segmenter.inference import LEFT, RIGHT, Segmenter
 from models.training import datasets, surroundings

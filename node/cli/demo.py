@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn
 from rich.text import Text
 
-from models.phantom.phantom import phantom
+from models.phantom.draw import phantom
 from node.cli import render
 from node.config import CONFIG_VARIABLE, Peer, load
 from node.delivery.peer import Outgoing

@@ -376,7 +376,7 @@ def phantom(
     seed: Annotated[int, typer.Option(help="The same seed makes the same series.")] = 1,
 ) -> None:
     """Write a procedural thorax phantom with infection as a CT series, to try a connection without a patient."""
-    from models.phantom.phantom import phantom as make
+    from models.phantom.draw import phantom as make
     from node.images.phantom_series import write_series
 
     paths = write_series(make(seed, severity=2), out_folder, seed)

@@ -39,19 +39,25 @@ def evaluate(
         Path, typer.Option(help="Folder for the worst, median and best case of each data set, as PNG.")
     ] = Path("evaluation"),
     seed: Annotated[int, typer.Option(help="The seed that training was run with: it decides who was held out.")] = 0,
+    reference: Annotated[
+        bool,
+        typer.Option("--reference", help="Measure the network alone, in torch and float32, as for its card."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Measure a model on patients that were held out of its training."""
+    """Measure a model on patients that were held out of its training, as a node here would run it."""
     from models.registry import BundleError, load_bundle
     from models.training.evaluate import cases_of, figures_of, held_out
     from models.training.pictures import draw_cases
+    from models.training.shipped import shipped_cases
 
     _require_data(data)
     try:
         measured = load_bundle(bundle or task)
         _, patients = held_out(task, data, seed)
         with progress(err, "{task.description}", MofNCompleteColumn()) as bars:
-            cases = list(bars.track(cases_of(task, measured, patients), len(patients), description="measuring"))
+            found = (cases_of if reference else shipped_cases)(task, measured, patients)
+            cases = list(bars.track(found, len(patients), description="measuring"))
     except BundleError as error:
         fail(str(error))
     figures = figures_of(cases)

@@ -8,7 +8,7 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
-from models.phantom.phantom import Phantom
+from models.phantom.draw import Phantom
 from node import __version__
 from node.identity import uid_of
 

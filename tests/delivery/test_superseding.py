@@ -16,7 +16,7 @@ from pydicom.uid import KeyObjectSelectionDocumentStorage, MultiFrameTrueColorSe
 from sqlalchemy import update
 from test_journey import run
 
-from models.phantom.phantom import Phantom, phantom
+from models.phantom.draw import Phantom, phantom
 from node import tasks
 from node.cli.folder import closed_folder
 from node.config import Peer, Settings

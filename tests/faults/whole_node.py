@@ -21,7 +21,7 @@ import psutil
 from conftest import REPOSITORY, Orthanc, free_port, wait_for
 from pydicom import dcmread
 
-from models.phantom.phantom import Phantom, phantom
+from models.phantom.draw import Phantom, phantom
 from node.config import Peer
 from node.delivery.peer import Outgoing, contexts_for, store
 from node.images.phantom_series import write_series

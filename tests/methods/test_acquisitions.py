@@ -14,7 +14,7 @@ from pydicom import Dataset, dcmread
 from rich.console import Console
 from rich.progress import Progress
 
-from models.phantom.phantom import phantom
+from models.phantom.draw import phantom
 from node import tasks
 from node.cli.folder import analyse_folder, closed_folder
 from node.cli.render import table, timeline

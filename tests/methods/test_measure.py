@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
 from models.calibration import LesionCalibration
+from models.labels import LEFT, RIGHT
 from node.images.volume import SourceSlice, Volume
-from node.methods.pneumonia.findings import LEFT, RIGHT
 from node.methods.pneumonia.measure import measure
 
 #: Of the shipped model, mm³.

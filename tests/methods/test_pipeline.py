@@ -12,11 +12,11 @@ from ct_series import write_series
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from models.labels import LEFT, RIGHT
 from models.registry import ModelIdentity
 from node.images.volume import VolumeError
 from node.methods.outcome import plain
 from node.methods.pneumonia import pipeline
-from node.methods.pneumonia.findings import LEFT, RIGHT
 from node.methods.pneumonia.outcome import outcome_of
 from node.methods.pneumonia.pipeline import AnalysisError
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from synthetic_chest import MOMENT, Shape, make_chest
 
-from models.phantom.phantom import phantom
+from models.phantom.draw import phantom
 from models.registry import BUNDLES, ModelIdentity, load_bundle
 from models.runtime import CardMemoryError
 from node import tasks

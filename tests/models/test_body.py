@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from models.body import find_body
-from models.phantom.phantom import Phantom, phantom
+from models.phantom.draw import Phantom, phantom
 from models.training import surroundings
 from models.training.robustness import AIR_HU, padded, rotated, with_couch
 

@@ -281,7 +281,8 @@ def test_the_rest_of_a_configuration_is_kept_and_never_looked_at(tmp_path: Path)
 
 
 def test_nothing_else_in_the_program_evaluates_names() -> None:
-    """The builder is the one place where text becomes a class; pickles and expressions are read nowhere."""
+    """Text becomes a class in the builder, and where methods are loaded by the entry points of installed packages;
+    pickles and expressions are read nowhere."""
     root = Path(building.__file__).parents[1]
     words = (
         "ConfigParser",

@@ -11,7 +11,7 @@ from hypothesis import given
 from scipy import ndimage
 
 from models.body import find_body
-from models.phantom.phantom import Phantom, phantom
+from models.phantom.draw import Phantom, phantom
 from models.registry import load_bundle
 from models.segmenter import inference
 from models.segmenter.inference import (

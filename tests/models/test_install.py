@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from models import install as installing
 from models.install import import_r231, install
 from models.networks.unet_r231 import HU_RANGE, UNetR231, body_box, published_state
-from models.phantom.phantom import phantom
+from models.phantom.draw import phantom
 from models.registry import BUNDLES, IR, WEIGHTS, BundleError, list_bundles, load_bundle, verify
 from models.runtime import NoIRError, OpenVinoRuntime, open_runtime
 from node.cli.main import app

@@ -6,7 +6,7 @@ import cc3d
 import numpy as np
 import pytest
 
-from models.phantom.phantom import EXTRA_CHANCE, Extra, Phantom, phantom
+from models.phantom.draw import EXTRA_CHANCE, Extra, Phantom, phantom
 from models.phantom.pneumonia import MINIMUM_LESION_MM3
 
 SHAPE = (24, 64, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from models.build import build
 from models.calibration import LesionCalibration
+from models.configuration import inference_config, schema_metadata
 from models.registry import load_bundle
 from models.training.crossvalidate import read_out_of_fold
 from models.training.datasets import phantoms
@@ -65,6 +67,10 @@ def test_the_bundle_loads_and_says_what_it_needs(published: Path) -> None:
     assert of_folds["Dice infection"]["patients"] == 2
     assert {one["source"] for one in bundle.metadata["held_out"]} == {"covid-seg-20", "medseg-9", "phantom"}
     assert bundle.load()(torch.zeros(1, 3, 32, 32)).shape == (1, 1, 32, 32)
+    running = json.loads((published / "configs" / "inference.json").read_text())
+    assert running == inference_config("infection", NETWORK)
+    assert bundle.metadata.keys() > schema_metadata("").keys()
+    assert "Ma et al. 2020" in bundle.metadata["data_source"]
 
 
 def test_the_card_says_it_all_and_shows_phantoms_alone(published: Path) -> None:

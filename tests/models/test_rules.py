@@ -8,16 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from models.rules.scan_level import (
-    ConsecutiveSlices,
-    Intensity,
-    NoisyOr,
-    consecutive_slices,
-    intensity,
-    noisy_or,
-    open_lung,
-    state,
-)
+from models.rules.consecutive_slices import ConsecutiveSlices, consecutive_slices
+from models.rules.lesion_boxes import Intensity, intensity
+from models.rules.noisy_or import NoisyOr, noisy_or
+from models.rules.open_lung import open_lung
+from models.rules.statement import state
 
 MILLIMETRE = (1.0, 1.0, 1.0)
 

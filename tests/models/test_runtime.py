@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from models import runtime
-from models.phantom.phantom import phantom
+from models.phantom.draw import phantom
 from models.registry import BUNDLES, Bundle, BundleError, list_bundles, load_bundle
 from models.runtime import IR, CardMemoryError, NoIRError, OpenVinoRuntime, TorchRuntime, export, open_runtime
 from models.segmenter import inference

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from models.phantom.phantom import Phantom, phantom
+from models.phantom.draw import Phantom, phantom
 from models.sides import LEFT, RIGHT, Pose, absent, pose_of, settled
 
 Turn = Callable[[np.ndarray], np.ndarray]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models.phantom.grid import Grid
-from models.phantom.phantom import Phantom, phantom
+from models.phantom.draw import Phantom, phantom
 from models.training import surroundings, thorax
 from models.training.robustness import AIR_HU, KNOWN_TOLERANCE, aerated, known, litres, padded, rotated, with_couch
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -16,9 +18,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from models.networks.efficientnet_unet import EfficientNetUNet
+from models.registry import IR, load_bundle
+from models.runtime import _openvino
 from models.training import datasets, evaluate, train
 from models.training.datasets import Patient, phantoms, stack
 from models.training.sampling import Slices
+from models.training.shipped import shipped_cases
 from node.cli.main import app
 
 
@@ -142,6 +147,42 @@ def test_train_and_evaluate_say_what_they_lack(data: Path, tmp_path: Path) -> No
     lines("train", "lungs", "--data", str(data), "--steps", "3", "--minutes", "1", exit_code=1)
     lines("train", "lungs", "--data", str(tmp_path / "elsewhere"), "--steps", "3", exit_code=1)
     lines("evaluate", "lungs", "--data", str(data), "--bundle", "nobodys", exit_code=1)
+
+
+def test_evaluate_measures_what_a_node_runs(data: Path, tmp_path: Path) -> None:
+    """A model whose OpenVINO IR computes something else than its weights: a CPU runs the IR."""
+    shipped = load_bundle("lungs")
+    copy = tmp_path / "copy"
+    shutil.copytree(shipped.path, copy, copy_function=shutil.copyfile)
+    openvino = _openvino()
+    opset = openvino.opset13
+    xml, weights = (copy / part for part in IR)
+    model = openvino.Core().read_model(shipped.path / IR[0])
+    logits = model.outputs[0].get_node().input_value(0)
+    wrong = openvino.Model([opset.negative(logits)], model.get_parameters())
+    openvino.save_model(wrong, xml)
+    record = shipped.metadata["openvino"] | {
+        part.name: hashlib.sha256(part.read_bytes()).hexdigest() for part in (xml, weights)
+    }
+    metadata = json.dumps(shipped.metadata | {"openvino": record})
+    (copy / "configs" / "metadata.json").write_text(metadata)
+    command = ("evaluate", "lungs", "--data", str(data), "--pictures", str(tmp_path / "seen"), "--json")
+
+    def dice(*more: str) -> float:
+        figures = json.loads(lines(*command, "--bundle", str(copy), *more))["figures"]
+        return {one["measure"]: one["mean"] for one in figures}["Dice lungs"]
+
+    assert dice() < 0.5
+    assert dice("--reference") > 0.9
+
+
+def test_evaluate_measures_infection_in_the_lungs_that_are_found() -> None:
+    (drawn,) = phantoms([5], slices=12)
+    empty = replace(drawn, id="no lungs", hu=np.full_like(drawn.hu, 40))
+    ill, none = shipped_cases("infection", load_bundle("infection"), [drawn, empty], "cpu")
+    assert drawn.infection is not None
+    assert 0 < (ill.found > 0).sum() < 3 * drawn.infection.sum()
+    assert not none.found.any()
 
 
 def test_evaluate_tells_figures_and_draws_cases(data: Path, tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from scipy import ndimage
 
+from models.labels import LEFT, RIGHT
 from models.registry import ModelIdentity
-from models.rules.scan_level import state
+from models.rules.statement import state
 from node.images.orientation import Orientation
 from node.images.volume import SourceSlice, Volume
 from node.methods.outcome import Outcome
-from node.methods.pneumonia.findings import LEFT, RIGHT, Findings, Lesion, Region
+from node.methods.pneumonia.findings import Findings, Lesion, Region
 from node.methods.pneumonia.outcome import SEGMENTATIONS, outcome_of
 from node.results.capture.drawing import PatientView
 from node.results.forms import kinds_of

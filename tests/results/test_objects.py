@@ -31,8 +31,8 @@ from synthetic_chest import (
     make_chest,
 )
 
+from models.labels import LEFT, RIGHT
 from node.images.volume import read_volume
-from node.methods.pneumonia.findings import LEFT, RIGHT
 from node.methods.pneumonia.outcome import outcome_of
 from node.methods.pneumonia.subject import SUBJECT
 from node.results import makers

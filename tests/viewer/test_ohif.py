@@ -18,6 +18,7 @@ from pydicom import Dataset, dcmread
 from pydicom.pixels import pixel_array
 from synthetic_chest import KINDS, crude_findings, findings_of
 
+from models.labels import LEFT, RIGHT
 from models.registry import load_bundle
 from models.segmenter.inference import Segmenter
 from node.config import Peer, Stow
@@ -26,7 +27,7 @@ from node.delivery.push import push_all
 from node.delivery.stow import ByStow
 from node.images.volume import Volume, read_volume
 from node.methods.pneumonia import pipeline
-from node.methods.pneumonia.findings import LEFT, RIGHT, Findings
+from node.methods.pneumonia.findings import Findings
 from node.methods.pneumonia.outcome import COLOURS, outcome_of
 from node.methods.pneumonia.outcome import INFECTION_COLOUR as INFECTION
 from node.results import makers

@@ -12,12 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.registry import ModelIdentity
-from models.rules.scan_level import ScanStatement
+from models.rules.statement import ScanStatement
 
 Side = Literal["right", "left"]
-
-#: Values of `Findings.lungs`.
-RIGHT, LEFT = 1, 2
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Lesion:
 class Findings:
     """Everything that one analysis says about one series."""
 
-    #: uint8 (slices, rows, columns) on the source grid: 0 background, RIGHT, LEFT; includes the infected part.
+    #: uint8 (slices, rows, columns) on the source grid: 0 or a side of `models.labels`; includes the infected part.
     lungs: NDArray[np.uint8]
     #: uint16 (slices, rows, columns): 0, or the `Lesion.label`; non-zero is the infection mask, a subset of `lungs`.
     lesions: NDArray[np.uint16]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import cc3d
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from models.calibration import LesionCalibration
+from models.labels import LEFT, RIGHT
+from models.lesions import components, reached
 from node.images.volume import Volume
-from node.methods.pneumonia.findings import LEFT, RIGHT, Lesion, Region, Side
+from node.methods.pneumonia.findings import Lesion, Region, Side
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def measure(
     volume
         The volume (slices, rows, columns).
     lungs
-        Same shape: 0 background, RIGHT, LEFT.
+        Same shape: 0 background, then `models.labels`.
     probability
         Same shape: infection probability, 0 to 1.
     threshold
@@ -63,9 +64,9 @@ def measure(
     # Sums by side and infected or not; the regions follow from them.
     counts, sums = np.zeros((3, 2)), np.zeros((3, 2))
     if box := _bounding_box(lungs > 0):
-        infection = _reached(probability[box], threshold)
+        infection = reached(probability[box], threshold)
         infection &= lungs[box] > 0
-        lesions[box] = _components(infection, minimum_lesion_mm3 / (1000 * volume.voxel_ml))
+        lesions[box] = components(infection, minimum_lesion_mm3 / (1000 * volume.voxel_ml))
         lesion_list = _lesion_list(volume, lungs, probability, lesions, box, calibration)
         if calibration is not None:
             lesion_list = _without_improbable(lesion_list, lesions[box], calibration.floor)
@@ -103,35 +104,6 @@ def _bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, slice, slice] | None:
     plane: NDArray[np.bool_] = np.any(mask[k], axis=0)
     rows, columns = np.flatnonzero(np.any(plane, axis=1)), np.flatnonzero(np.any(plane, axis=0))
     return k, slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-
-
-def _reached(probability: NDArray[np.floating], threshold: float) -> NDArray[np.bool_]:
-    reached: NDArray[np.bool_]
-    if probability.dtype == np.float16 and threshold > 0:
-        # Half floats from 0 up are in the order of their bits, which a CPU compares without converting them.
-        reached = probability.view(np.int16) >= np.float16(threshold).view(np.int16)
-    else:
-        reached = probability >= threshold
-    return reached
-
-
-def _components(infection: NDArray[np.bool_], minimum_voxels: float) -> NDArray[np.uint16]:
-    """Label components of at least this size from 1, the largest first; of more than 65,535 the largest."""
-    labels, count = cc3d.connected_components(
-        np.ascontiguousarray(infection), connectivity=26, return_N=True, binary_image=True
-    )
-    # Only the infected voxels, a few in a hundred, need to be looked at again.
-    where = np.flatnonzero(infection)
-    found = labels.ravel()[where]
-    sizes = np.bincount(found, minlength=count + 1)
-    by_size = np.argsort(-sizes[1:], kind="stable") + 1
-    # A whole number of voxels may miss the limit by the rounding of a voxel's volume.
-    kept = by_size[sizes[by_size] >= minimum_voxels * (1 - 1e-9)][: np.iinfo(np.uint16).max]
-    new_label = np.zeros(count + 1, np.uint16)
-    new_label[kept] = np.arange(1, len(kept) + 1)
-    relabelled = np.zeros(infection.shape, np.uint16)
-    relabelled.ravel()[where] = new_label[found]
-    return relabelled
 
 
 def _lesion_list(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.labels import LEFT, RIGHT
 from node.images.volume import Volume
 from node.methods.codes import HU, LEFT_LUNG, LUNG, MEAN_ATTENUATION, ML, MM, PERCENT, RIGHT_LUNG, VOLUME
 from node.methods.codes import LEFT as ON_THE_LEFT
@@ -46,7 +47,7 @@ from node.methods.pneumonia.codes import (
     SLICES,
     private,
 )
-from node.methods.pneumonia.findings import LEFT, RIGHT, Findings, Lesion
+from node.methods.pneumonia.findings import Findings, Lesion
 from node.methods.pneumonia.serialise import summary
 from node.methods.pneumonia.subject import SUBJECT, TITLE
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from models.rules.scan_level import state
+from models.labels import LEFT, RIGHT
+from models.rules.statement import state
 from node.images.orientation import Orientation
 from node.images.volume import Volume, VolumeError, read_volume
-from node.methods.pneumonia.findings import LEFT, RIGHT, Findings
+from node.methods.pneumonia.findings import Findings
 from node.methods.pneumonia.measure import measure
 
 if TYPE_CHECKING:  # torch takes seconds to import, and processes that only deliver import this module
