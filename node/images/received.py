@@ -21,16 +21,14 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_dataset
 
+from node.images.counting import count_within
 from node.images.elements import (
     DEFLATED,
     EXPLICIT_BIG,
     INFLATE_LIMIT,
     INFLATED_HELD,
     INFLATING,
-    ITEM,
-    ITEM_END,
     PIXELS,
-    SEQUENCE_END,
     UNDEFINED,
     FileSpan,
     HeaderError,
@@ -52,9 +50,6 @@ MOST_KEPT = 50_000
 #: frames of 100 elements and 10 kB each.
 MOST_GROUP_BYTES = 100 << 20
 MOST_GROUP_ELEMENTS = 1_000_000
-
-#: Sequences in one another; deeper ones are left out. Structured reports, the deepest that there are, have about ten.
-DEEPEST = 32
 
 #: Bytes of preamble, prefix and File Meta Information (PS3.10 7.1), which takes some hundred.
 LONGEST_META = 64 << 10
@@ -283,7 +278,7 @@ class ReceivedFile:
             size, grouped = after - at, tag in _GROUPS
             if not grouped and (size > min(LONGEST_VALUE, bytes_left)):
                 continue
-            count = _count(walk, value, after, inner, MOST_GROUP_ELEMENTS if grouped else left)
+            count = count_within(walk, value, after, inner, MOST_GROUP_ELEMENTS if grouped else left)
             if grouped and (count is None or size > MOST_GROUP_BYTES):
                 raise TooLargeError("its functional groups are larger than those of any image that is read")
             if count is None:
@@ -349,56 +344,6 @@ def _top(walk: Walk, end: int, explicit: bool) -> Iterator[tuple[int, int, int, 
             return  # the data set ends within it
         yield at, tag, value, after, inner
         at = after
-
-
-def _count(walk: Walk, at: int, end: int, explicit: bool, most: int) -> int | None:
-    """Elements and items in a value, itself one; None where they are more than `most` or nested too deeply."""
-    before = walk.left
-    try:
-        if end - at >= 8 and walk.mark(at)[0] == ITEM:
-            _descend(walk, at, end, explicit, 1)
-    except (TooLargeError, _DeepError):
-        return None
-    except (HeaderError, struct.error):
-        pass  # bytes that only look like a sequence
-    count = max(before - walk.left, 1)
-    return count if count <= most else None
-
-
-class _DeepError(Exception):
-    """Sequences lie too deeply in one another."""
-
-
-def _descend(walk: Walk, at: int, end: int, explicit: bool, depth: int) -> int:
-    """Visit the items of a sequence and all in them; gives where it ends."""
-    if depth > DEEPEST:
-        raise _DeepError
-    while end - at >= 8:
-        tag, length = walk.mark(at)
-        at += 8
-        if tag == SEQUENCE_END:
-            break
-        if tag != ITEM:
-            raise HeaderError("a sequence holds something that is no item")
-        at = _visit(walk, at, end if length == UNDEFINED else min(at + length, end), explicit, depth)
-    return at
-
-
-def _visit(walk: Walk, at: int, end: int, explicit: bool, depth: int) -> int:
-    """Visit the elements of an item; gives where it ends."""
-    while end - at >= 8:
-        tag, value, length, inner = walk.element(at, explicit)
-        if tag == ITEM_END:
-            return value
-        if length == UNDEFINED and tag in PIXELS:
-            at = walk.skip(value, end, inner)
-        elif length == UNDEFINED:
-            at = _descend(walk, value, end, inner, depth + 1)
-        else:
-            at = min(value + length, end)
-            if at - value >= 8 and walk.mark(value)[0] == ITEM:
-                _descend(walk, value, at, inner, depth + 1)
-    return end
 
 
 def _plain_bytes(header: Dataset) -> int:
