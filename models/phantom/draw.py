@@ -19,8 +19,8 @@ from models.phantom import confounders
 from models.phantom.anatomy import LEFT_LUNG, RIGHT_LUNG, anatomy, draw_body
 from models.phantom.grid import Array, Grid, depth_of, textures
 from models.phantom.pneumonia import add_pneumonia, septal_lines
+from models.phantom.thorax import FINDINGS
 from models.phantom.vessels import add_vessels
-from models.training.thorax import FINDINGS
 
 #: What a phantom may show besides: two patterns of pneumonia, then what is not pneumonia (`confounders`).
 Extra = Literal["air bronchograms", "crazy paving", "nodules", "effusion", "atelectasis", "emphysema", "motion"]

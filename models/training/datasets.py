@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from models.phantom.draw import phantom
-from models.training.thorax import FINDINGS
+from models.phantom.thorax import FINDINGS
 
 #: Pixel size of every slice, and of the networks.
 PIXEL_MM = 1.5

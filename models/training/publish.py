@@ -56,7 +56,7 @@ _SETS = {
     "finding-lungs": "Kaggle 'Finding lungs in CT data', one slice a scan, licence not stated",
     "radiopaedia": "Radiopaedia, two patients with much pneumonia, one of them the fourth of MedSeg, CC BY-NC-SA 3.0",
     "phantom": "procedural phantoms of models/phantom, own",
-    "changed": "the same with lobes or lungs without air, fluid, gas, or one lung (models/training/thorax.py), own",
+    "changed": "the same with lobes or lungs without air, fluid, gas, or one lung (models/phantom/thorax.py), own",
 }
 
 _TASKS: dict[Task, dict[str, Any]] = {

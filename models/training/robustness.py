@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from models.phantom.draw import phantom
+from models.phantom.thorax import FINDINGS
 from models.registry import load_bundle
 from models.segmenter.inference import LEFT, RIGHT, Segmenter
 from models.training import datasets, surroundings
-from models.training.thorax import FINDINGS
 
 #: Part of a lung's volume by which it may differ.
 TOLERANCE = 0.02

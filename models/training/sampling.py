@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from models.phantom.grid import Grid
+from models.phantom.thorax import FINDINGS
 from models.training import datasets, surroundings
 from models.training.datasets import Patient
-from models.training.thorax import FINDINGS
 
 Task = Literal["lungs", "infection"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.phantom.grid import Grid
+from models.phantom import thorax
 from models.phantom.draw import Phantom, phantom
-from models.training import surroundings, thorax
+from models.phantom.grid import Grid
+from models.training import surroundings
 from models.training.robustness import AIR_HU, KNOWN_TOLERANCE, aerated, known, litres, padded, rotated, with_couch
 
 SHAPE = (24, 96, 112)
