@@ -77,8 +77,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def monai_run(name: str, image: Path, out: Path) -> NDArray[np.generic]:
     """The mask that `python -m monai.bundle run` writes, [z, y, x], canonical."""
-    nibabel = pytest.importorskip("nibabel")
-    pytest.importorskip("fire")
+    nibabel = pytest.importorskip("nibabel", reason="pip install lungnode[bundle]")
+    pytest.importorskip("fire", reason="pip install lungnode[bundle]")
     bundle = BUNDLES / name
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(bundle / "configs/inference.json")]
     command += ["--bundle_root", str(bundle), "--image", str(image), "--output_dir", str(out)]
@@ -105,7 +105,7 @@ def test_monai_finds_the_infection_that_a_node_finds(folder: Path) -> None:
 
 
 def test_monai_finds_the_lungs_that_a_node_finds_on_the_grid_of_the_file(folder: Path) -> None:
-    nibabel = pytest.importorskip("nibabel")
+    nibabel = pytest.importorskip("nibabel", reason="pip install lungnode[bundle]")
     _, expected, _ = series(folder)
     drawn = phantom(3001, shape=(32, 96, 96), severity=3)
     dz, dy, dx = drawn.spacing
@@ -123,6 +123,7 @@ def test_monai_finds_the_lungs_that_a_node_finds_on_the_grid_of_the_file(folder:
 
 @bundles
 def test_the_configuration_is_the_one_that_is_written_and_has_what_monai_requires(name: str) -> None:
+    pytest.importorskip("nibabel", reason="pip install lungnode[bundle]")
     from monai.bundle.workflows import ConfigWorkflow
 
     file = BUNDLES / name / "configs" / "inference.json"
