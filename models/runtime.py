@@ -1,13 +1,8 @@
 """Runtimes of a network: torch on a CUDA card; on a CPU OpenVINO, or torch where OpenVINO cannot run it.
 
 A bundle may hold its network as OpenVINO IR beside the weights. The IR starts without torch, runs several times faster
-<<<<<<< HEAD
-on a CPU, and agrees with torch in float32 within 0.002 Dice (tests/models/test_runtime.py). The lungs' IR is int8;
-the infection model does not agree that well in int8.
-=======
 on a CPU, and agrees with torch in float32 within 0.002 Dice (tests/models/test_runtime.py). That of the lungs is in
 int8; the infection model does not agree that well in int8.
->>>>>>> wt-n
 """
 
 from __future__ import annotations
