@@ -88,6 +88,7 @@ class AnalysisView:
 
     id: int
     route: str
+    method: str
     acquisition: str
     urgent: bool
     note: str
@@ -262,6 +263,7 @@ def as_json(series: SeriesView) -> dict[str, Any]:
         "analyses": [
             {
                 "route": analysis.route,
+                "method": analysis.method,
                 "acquisition": analysis.acquisition,
                 "state": analysis.state,
                 "attempts": analysis.attempts,
@@ -291,6 +293,7 @@ def _analysis(analysis: AnalysisJob, at: float) -> AnalysisView:
     return AnalysisView(
         id=analysis.id,
         route=analysis.route,
+        method=analysis.method,
         acquisition=analysis.acquisition or "",
         urgent=analysis.urgent,
         note=analysis.note,

@@ -36,6 +36,7 @@ from node.installation import Node
 from node.intake import closing
 from node.intake.assembly import ClosedSeries
 from node.intake.verdict import Verdict
+from node.ledger.tables import AnalysisJob
 from node.ledger.views import all_series
 from node.methods import registry
 from node.methods.pneumonia import method, pipeline
@@ -148,7 +149,9 @@ def test_worker_and_command_line_make_the_same_bytes(here: Node, ct: Path, tmp_p
     tasks.analyse(1)
     (analysis,) = all_series(here.ledger)[0].analyses
     assert (analysis.state, analysis.method) == ("done", "pneumonia")
-    moment = datetime.fromtimestamp(analysis.content_at or 0, datetime.now(UTC).astimezone().tzinfo)
+    with here.ledger.read() as session:
+        made_at = session.get_one(AnalysisJob, 1).content_at
+    moment = datetime.fromtimestamp(made_at or 0, datetime.now(UTC).astimezone().tzinfo)
     progress = Progress(console=Console(file=io.StringIO()))
     (done,) = analyse_folder(ct, tmp_path / "out", here.settings, progress, content_at=moment)
     by_worker = {Path(made.path).name: (here.results / made.path).read_bytes() for made in analysis.objects}
