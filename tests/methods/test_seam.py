@@ -275,7 +275,7 @@ def test_a_second_method_reaches_orthanc(tmp_path: Path, orthanc: Orthanc, besid
     with running_node(tmp_path / "node", {"peers": peers, "routes": [route]}) as node:
         arguments = ["--scan-directories", "-aec", node.ae_title, "-aet", "STORESCU", "127.0.0.1", str(node.port)]
         subprocess.run([tool("storescu"), *arguments, tmp_path / "ct"], check=True, capture_output=True)
-        wait_for(lambda: node.states() in (["delivered"], ["failed"]), 200, "the node to deliver")
+        wait_for(lambda: list(node.states().values()) in (["delivered"], ["failed"]), 200, "the node to deliver")
         (told,) = node.status()
     assert told["state"] == "delivered", told
     (analysis,) = told["analyses"]

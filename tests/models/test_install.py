@@ -28,6 +28,7 @@ from models.networks.unet_r231 import HU_RANGE, UNetR231, body_box, published_st
 from models.phantom.draw import phantom
 from models.registry import BUNDLES, IR, WEIGHTS, BundleError, list_bundles, load_bundle, verify
 from models.runtime import NoIRError, OpenVinoRuntime, open_runtime
+from node import terminal
 from node.cli.main import app
 
 RUNNER = CliRunner()
@@ -380,7 +381,11 @@ def test_the_commands(own: Path, tmp_path: Path) -> None:
     assert "already" in lines("install", str(zipped(own)), exit_code=1)
 
 
-def test_a_list_shows_no_control_characters_and_takes_no_markup(own: Path, tmp_path: Path) -> None:
+def test_a_list_shows_no_control_characters_and_takes_no_markup(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for console in (terminal.out, terminal.err):
+        monkeypatch.setattr(console, "_width", 400)  # whatever the width when the module was imported
     hostile = "\x1b]0;owned\x07[red]x[/blue]\n"
     figures = [{"source": hostile, "measure": "Dice lungs", "mean": 0.5}, {"source": "y", "measure": "Dice lungs"}]
     shutil.copytree(own, tmp_path / "var" / "models" / "ours")
@@ -392,7 +397,7 @@ def test_a_list_shows_no_control_characters_and_takes_no_markup(own: Path, tmp_p
     settings = tmp_path / "node.yaml"
     settings.write_text(f"data: {tmp_path / 'var'}\n")
     for command, code in (("list", 0), ("verify", 1)):
-        result = RUNNER.invoke(app, ["models", command, "-c", str(settings)], env={"COLUMNS": "400"})
+        result = RUNNER.invoke(app, ["models", command, "-c", str(settings)])
         assert result.exit_code == code, result.output
         assert "[red]x[/blue]" in result.output
         assert result.output.replace("\n", "").isprintable()
