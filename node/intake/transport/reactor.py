@@ -96,7 +96,8 @@ class Reactor(DULServiceProvider):
             if self.assoc.requestor.primitive is None:
                 # What came first was no request that could be decoded: its thread would wait for one.
                 self._warn("connection closed", reason="an association request is malformed", hint=SENDERS_FAULT)
-                self.to_user_queue.put(None)
+                waiting: queue.Queue[Any] = self.to_user_queue
+                waiting.put(None)
             self.activity.set()
 
     def send_pdu(self, primitive: Any) -> None:
