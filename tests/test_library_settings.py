@@ -54,3 +54,16 @@ def test_to_configure_twice_is_to_configure_once() -> None:
     configure()
     validate = _config.VALIDATORS["UI"]
     assert not hasattr(validate.__wrapped__, "cache_info")  # type: ignore[attr-defined]
+
+
+def test_loggers_in_use_follow_a_later_configuration() -> None:
+    code = (
+        "import structlog\n"
+        "from structlog.testing import capture_logs\n"
+        "from node.telemetry import logs\n"
+        "log = structlog.stdlib.get_logger('x')\n"
+        "logs.configure(); log.info('first'); logs.configure()\n"
+        "with capture_logs() as lines: log.info('second')\n"
+        "assert [line['event'] for line in lines] == ['second'], lines\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=REPOSITORY)
