@@ -29,7 +29,7 @@ class LungFinder:
 
     def __call__(self, hu: NDArray[np.int16], spacing: tuple[float, float, float]) -> NDArray[np.uint8]:
         """Labels [z, y, x] of a volume as `Segmenter` takes it: 0 or a value of `models.labels`."""
-        return self._segmenter(hu, spacing).lungs
+        return self._segmenter.lungs(hu, spacing)
 
 
 class InfectionFinder:
@@ -55,17 +55,9 @@ class InfectionFinder:
         return lesions
 
 
-class _Nothing(torch.nn.Module):
-    """Logits that are far below any threshold, at every pixel."""
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """See `torch.nn.Module`."""
-        return torch.full_like(image[:, :1], -30.0)
-
-
 def _no_infection(lungs: Bundle) -> Bundle:
-    """An infection model that finds nothing, on the grid of a lung model."""
+    """An infection model on the grid of a lung model, for a `Segmenter` asked for the lungs alone: never run."""
     sizes: dict[str, Any] = {key: lungs.metadata[key] for key in ("pixel_mm", "hu_range", "stride")}
     sizes |= {"threshold": 0.5, "minimum_lesion_mm3": 1.0, "context": 0, "bfloat16": False}
     nothing = Bundle("none", "0", "", sizes, lungs.path)
-    return BuiltBundle.of(nothing, _Nothing())
+    return BuiltBundle.of(nothing, torch.nn.Identity())
