@@ -161,10 +161,6 @@ class AnalysisJob(Work):
     series: Mapped[Series] = relationship(back_populates="analyses")
     objects: Mapped[list[Object]] = relationship(back_populates="analysis", order_by="Object.id")
 
-    def about(self, text: str) -> str:
-        """`text`, and before it which of the series' acquisitions it is about."""
-        return f"{self.acquisition}: {text}" if self.acquisition else text
-
 
 class Object(Base):
     """A DICOM object that an analysis made."""

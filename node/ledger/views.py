@@ -38,8 +38,18 @@ class EventView:
     text: str
 
 
+class _OfAcquisition:
+    """What belongs to one of a series' acquisitions, where it has several."""
+
+    acquisition: str
+
+    def about(self, text: str) -> str:
+        """`text`, and before it which of the series' acquisitions it is about."""
+        return f"{self.acquisition}: {text}" if self.acquisition else text
+
+
 @dataclass(frozen=True)
-class DeliveryView:
+class DeliveryView(_OfAcquisition):
     """One object for one peer."""
 
     peer: str
@@ -60,10 +70,6 @@ class DeliveryView:
         """Whether it was tried, or its peer was, and waits for the next attempt."""
         return self.state is State.WAITING and bool(self.reason)
 
-    def about(self, text: str) -> str:
-        """`text`, and before it which of the series' acquisitions it is about."""
-        return f"{self.acquisition}: {text}" if self.acquisition else text
-
 
 @dataclass(frozen=True)
 class ObjectView:
@@ -83,7 +89,7 @@ class ObjectView:
 
 
 @dataclass(frozen=True)
-class AnalysisView:
+class AnalysisView(_OfAcquisition):
     """One analysis of a series, or of an acquisition in it."""
 
     id: int
@@ -102,10 +108,6 @@ class AnalysisView:
     summary: dict[str, Any] | None
     objects: tuple[ObjectView, ...]
     worker_lost: bool
-
-    def about(self, text: str) -> str:
-        """`text`, and before it which of the series' acquisitions it is about."""
-        return f"{self.acquisition}: {text}" if self.acquisition else text
 
 
 @dataclass(frozen=True)
