@@ -168,10 +168,10 @@ class Worker(_Section):
 
 
 class Retention(_Section):
-    """How long files are kept. What is still owed to a peer is kept in any case, and so is what failed."""
+    """How long files are kept. What a peer has yet to get is kept in any case, and so is what failed."""
 
     days: int | None = Field(30, ge=1, examples=[30])
-    """days after which received series and results are dropped from disk; null keeps them for ever"""
+    """days after which received series and results are dropped from disk; null keeps them forever"""
     warn_free_mb: int = Field(10240, ge=0, examples=[10240])
     """free disk in MB below which status and log warn, well before the listener refuses"""
 

@@ -1,4 +1,4 @@
-"""The elements of an encoded data set, one after the other, without a parser that could be made to work for ever.
+"""The elements of an encoded data set, one after the other, without a parser that could be made to run endlessly.
 
 A received file may be broken or hostile, so it is walked here and not by pydicom: a malformed element that nobody asked
 for must neither stop the walk nor be quoted in a warning (it may be patient data), nesting must not cost stack, and a

@@ -73,7 +73,7 @@ def opened(path: Path) -> Iterator[int]:
     Raises
     ------
     OSError
-        It cannot be opened, or is no file but a pipe, a device or a folder, at which a reader could wait for ever.
+        It cannot be opened, or is a pipe, a device or a folder, on which a reader could block.
     """
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:

@@ -36,8 +36,8 @@ from node.telemetry import logs
 
 log = structlog.get_logger(__name__)
 
-#: Seconds for which a series of which no file can be read is offered again before it is told of: long enough to start
-#: a machine or mount a file system anew.
+#: Seconds for which a series without a readable file is offered again before it is reported: long enough to restart a
+#: machine or remount a file system.
 UNREADABLE_S = 600.0
 
 #: What the method of this name says of a closed series; it belongs to a later stage, which the listener is given.

@@ -59,7 +59,7 @@ def take_up(here: Node, spool: Spool, assembly: Assembly) -> None:
         else:
             _restore(here, spool, assembly, key, closed=False)
     if lost:
-        log.warning("the ledger lacks spooled series; they are judged anew", series=len(lost))
+        log.warning("the ledger lacks spooled series; they are judged again", series=len(lost))
         arguments = (here, spool, assembly, lost)
         threading.Thread(target=_restore_lost, args=arguments, name="restore", daemon=True).start()
 

@@ -21,8 +21,8 @@ from node.telemetry.quota import LogQuota
 SUCCESS: Final = 0x0000
 #: Warning, Coercion of Data Elements: what is stored has other values than what was sent. Answered to an instance that
 #: is here already with other content. The first is kept, so that results which refer to it stay true; a success would
-#: claim that the bytes just sent are safe, and a failure would be tried again for ever by archives that correct
-#: patient data and send the study anew.
+#: claim that the bytes just sent are safe, and archives that correct patient data and send the study again would retry
+#: a failure endlessly.
 COERCED: Final = 0xB000
 #: Failure, Refused: Out of Resources. Senders try again later.
 OUT_OF_RESOURCES: Final = 0xA700
